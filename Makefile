@@ -1,0 +1,75 @@
+# Two commands: `make demo` and `make test`. Both set up what they need in .venv and reuse it the next time.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SETUP  := $(VENV)/.ready
+NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+
+# Two workers are two cores; each keeps to one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long test-gpu test-abi check format wheel bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## create .venv, install the pinned dependencies, compile and install the package
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON); name one with PYTHON=... (3.11 or newer)"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"make: PYTHON is {v[0]}.{v[1]}, needs 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "== creating the virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.dependencies: requirements-dev.txt $(VENV)/.python
+	@echo "== installing the pinned dependencies (torch is large: a minute or more the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(SETUP): $(VENV)/.dependencies pyproject.toml $(NATIVE)
+	@echo "== compiling and installing simmim_fast"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(SETUP) ## pre-train a small Swin on real photographs; pictures in runs/demo
+	@echo "== pre-training on photographs (under five minutes on two cores)"
+	@$(BIN)/python examples/demo.py
+
+test: $(SETUP) ## the tests, on the CPU
+	@echo "== running the tests"
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-long: $(SETUP) ## the slow tests: inductor, every offline compilation, installs
+	@echo "== running the slow tests"
+	@$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(SETUP) ## the kernels on an NVIDIA GPU
+	@echo "== running the GPU tests"
+	@$(BIN)/python -m pytest -m gpu
+
+check: $(SETUP) ## style, without rewriting
+	@echo "== checking style"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(SETUP) ## rewrite to style
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(SETUP) ## build dist/*.whl with the compiled parts
+	@echo "== building the wheel"
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@ls -l dist
+
+bench: $(SETUP) ## time the ops
+	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean: ## remove what was built and what was run
+	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find simmim_fast -name '*.so' -delete
