@@ -1,0 +1,168 @@
+"""What the three encoders share: pairs, patch embedding, MLP, stochastic depth, relative positions, input checks.
+
+Shapes: B batch, H and W the token grid (or the image, where said), C channels, N tokens of one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def to_pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """Read an int or a pair as (height, width).
+
+    Raises:
+        ValueError: if it is neither, or not positive.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
+    return pair
+
+
+def check_image_size(img_size: tuple[int, int], stride: int) -> None:
+    """Refuse an image that the encoder cannot tile.
+
+    Raises:
+        ValueError: if a side is not a multiple of the encoder's stride.
+    """
+    for name, side in zip(("height", "width"), img_size, strict=True):
+        if side % stride:
+            raise ValueError(
+                f"img_size must be a multiple of the encoder's stride {stride} on each side, got {name} {side}"
+            )
+
+
+def check_images(images: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
+    """Refuse images (B, C, H, W) that do not fit the model. Reads no data.
+
+    Raises:
+        ValueError: if the rank, the channels or the size differ.
+        TypeError: if the dtype is not a float.
+    """
+    expected = f"(B, {in_chans}, {img_size[0]}, {img_size[1]})"
+    if images.dim() != 4 or tuple(images.shape[1:]) != (in_chans, *img_size):
+        raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be a float tensor, got {images.dtype}")
+
+
+def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
+    """Refuse a mask (B, H, W) that does not fit the patch grid. Reads no data.
+
+    Raises:
+        ValueError: if the shape differs.
+        TypeError: if the dtype is a float; a mask is bool or an integer.
+    """
+    if tuple(mask.shape) != (batch, *grid):
+        raise ValueError(
+            f"mask must have shape {(batch, *grid)}, one entry a patch (B, H/patch, W/patch), got {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or an integer dtype, got {mask.dtype}")
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear projection, as a strided convolution: (B, channels, H, W) images
+    to (B, H/p, W/p, C) tokens.
+
+    Args:
+        img_size: Height and width of the image in pixels.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the image.
+        embed_dim: Channels of a token.
+        norm_layer: Builds the norm after the projection, or None for none.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer is not None else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, self.in_chans, self.img_size)
+        x = self.proj(images).permute(0, 2, 3, 1)  # (B, H, W, C)
+        return x if self.norm is None else self.norm(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between, on (..., C).
+
+    Args:
+        dim: Channels in and out.
+        hidden_dim: Channels between.
+        drop: Dropout rate after the second layer, and after the GELU where `drop_hidden`.
+        drop_hidden: Whether the hidden layer is dropped too: Swin does, the official ViT does not.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, drop_hidden: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.drop_hidden = drop_hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))
+        if self.drop_hidden:
+            x = self.drop(x)
+        return self.drop(self.fc2(x))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): a residual branch is dropped whole, sample by sample.
+
+    Args:
+        rate: Probability of dropping; the kept samples are scaled by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        """Draw the factor of each sample of x (B, ...): (B,) of 0 or 1 / (1 - rate), or None where nothing drops."""
+        if self.rate == 0.0 or not self.training:
+            return None
+        return x.new_empty(x.shape[0]).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = self.keep(x)
+        return x if keep is None else x * keep.view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """Official initialisation: linear weights from a normal of std 0.02 cut at +-2, biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def stochastic_depth_rates(drop_path_rate: float, depth: int) -> list[float]:
+    """Drop rates that grow linearly from 0 to `drop_path_rate` over `depth` blocks."""
+    return torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()

@@ -1,0 +1,378 @@
+"""Swin Transformer (arXiv 2103.14030), and its form for SimMIM: mask tokens in, features of the last stage out.
+
+Module and parameter names are those of the official code (models/swin_transformer.py), so checkpoints pass both ways.
+
+Shapes: B batch, H and W the token grid of a stage, C its channels, N tokens of one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simmim_fast.models.layers import (
+    DropPath,
+    Mlp,
+    NormLayer,
+    PatchEmbed,
+    check_image_size,
+    check_mask,
+    init_linear_and_norm,
+    stochastic_depth_rates,
+    to_pair,
+)
+from simmim_fast.ops import substitute_mask_tokens
+from simmim_fast.ops.shifted_window_attention.reference import (
+    relative_position_index,
+    shift_mask,
+    shifted_window_attention,
+)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside (shifted) windows with a learnt relative-position bias (section 3.2).
+
+    Args:
+        dim: Channels.
+        window_size: Height and width of a window in tokens.
+        shift: Rows and columns by which the grid is rolled before it is cut into windows.
+        num_heads: Heads.
+        qkv_bias: Whether q, k and v carry a bias.
+        qk_scale: Factor of the logits; head size ** -0.5 by default.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        shift: tuple[int, int],
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.num_heads = num_heads
+        self.scale = qk_scale
+        offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(window_size))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
+        x = shifted_window_attention(
+            self.qkv(x),
+            self.relative_position_bias_table,
+            self.window_size,
+            self.shift,
+            self.num_heads,
+            scale=self.scale,
+            pad_value=self.qkv.bias,
+            position_index=self.relative_position_index,
+            attn_mask=attn_mask,
+            dropout=self.attn_drop.p if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(x))
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
+
+
+class SwinTransformerBlock(nn.Module):
+    """One block: x + attention(LN(x)), then x + MLP(LN(x)) (section 3.2, equation 3).
+
+    Args:
+        dim: Channels.
+        input_resolution: Height and width of the token grid.
+        num_heads: Heads.
+        window_size: Height and width of a window; an axis that is no longer than it holds one window, unshifted.
+        shifted: Whether the windows are shifted by half a window.
+        mlp_ratio: Hidden channels of the MLP over `dim`.
+        drop: Dropout rate of the projection and the MLP.
+        drop_path: Stochastic-depth rate.
+        norm_layer: Builds a norm from its channels.
+        **attention: What `attention_layer` takes besides: qkv_bias, qk_scale, attn_drop.
+    """
+
+    attention_layer: type[nn.Module] = WindowAttention
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: tuple[int, int],
+        num_heads: int,
+        window_size: tuple[int, int],
+        shifted: bool,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: NormLayer = nn.LayerNorm,
+        **attention: object,
+    ) -> None:
+        super().__init__()
+        window = tuple(min(w, size) for w, size in zip(window_size, input_resolution, strict=True))
+        shift = tuple(
+            w // 2 if shifted and size > w else 0 for w, size in zip(window_size, input_resolution, strict=True)
+        )
+        self.norm1 = norm_layer(dim)
+        self.attn = self.attention_layer(dim, window, shift, num_heads, proj_drop=drop, **attention)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
+        self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), self.attn_mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Halve the grid, double the channels: 2 x 2 neighbours side by side, a norm, a linear layer (section 3.1).
+
+    Args:
+        dim: Channels in.
+        norm_layer: Builds a norm from its channels.
+    """
+
+    def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(gather_neighbours(x)))
+
+
+def gather_neighbours(x: Tensor) -> Tensor:
+    """(B, H, W, C) to (B, H/2, W/2, 4C): the four tokens of each 2 x 2 square, column by column."""
+    return torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
+
+
+class BasicLayer(nn.Module):
+    """One stage: blocks with plain and shifted windows in turn, then the patch merging.
+
+    Args:
+        blocks: The blocks, in order.
+        downsample: The merging after them, or None in the last stage.
+        use_checkpoint: Whether blocks are recomputed in the backward pass instead of stored.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.use_checkpoint and self.training else block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class SwinTransformer(nn.Module):
+    """Swin Transformer with a classification head.
+
+    Args:
+        img_size: Side of the image in pixels, or (height, width); multiples of `stride`.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the image.
+        num_classes: Classes of the head; 0 for none.
+        embed_dim: Channels of the first stage; each further stage doubles them.
+        depths: Blocks of each stage.
+        num_heads: Heads of each stage.
+        window_size: Side of a window in tokens, or (height, width). A stage whose grid is smaller is one window.
+        mlp_ratio: Hidden channels of the MLP over its input's.
+        qkv_bias: Whether q, k and v carry a bias.
+        qk_scale: Factor of the attention logits; head size ** -0.5 by default.
+        drop_rate: Dropout rate of tokens, projections and MLPs.
+        attn_drop_rate: Dropout rate of attention weights.
+        drop_path_rate: Stochastic-depth rate of the last block; earlier blocks have less, linearly.
+        norm_layer: Builds a norm from its channels.
+        ape: Whether an absolute position embedding is added to the patch embedding.
+        patch_norm: Whether the patch embedding ends in a norm.
+        use_checkpoint: Whether blocks are recomputed in the backward pass instead of stored.
+        backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
+
+    Raises:
+        ValueError: sizes that do not divide, lists of different lengths, a window that no stage can fill.
+    """
+
+    block_layer: type[nn.Module] = SwinTransformerBlock
+    merging_layer: type[nn.Module] = PatchMerging
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | tuple[int, int] = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: NormLayer = nn.LayerNorm,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.img_size = to_pair(img_size, "img_size")
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.backend = backend
+        window = to_pair(window_size, "window_size")
+        _check_stages(embed_dim, depths, num_heads)
+        check_image_size(self.img_size, self.stride)
+        self.patch_embed = PatchEmbed(
+            self.img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None
+        )
+        _check_window(window, self.patch_embed.grid)
+        self.absolute_pos_embed = self._new_position_embedding() if ape else None
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        block = {"window_size": window, "mlp_ratio": mlp_ratio, "drop": drop_rate, "norm_layer": norm_layer}
+        block |= {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate}
+        if qk_scale is not None:
+            block["qk_scale"] = qk_scale
+        self.layers = self._build_stages(depths, num_heads, drop_path_rate, use_checkpoint, block)
+        self.norm = norm_layer(self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(init_linear_and_norm)
+
+    def _new_position_embedding(self) -> nn.Parameter:
+        embedding = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, self.embed_dim))
+        return nn.init.trunc_normal_(embedding, std=0.02)
+
+    def _build_stages(
+        self,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        drop_path_rate: float,
+        use_checkpoint: bool,
+        block: dict[str, object],
+    ) -> nn.ModuleList:
+        rates = iter(stochastic_depth_rates(drop_path_rate, sum(depths)))
+        stages = nn.ModuleList()
+        for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            dim = self.embed_dim * 2**stage
+            grid = tuple(size // 2**stage for size in self.patch_embed.grid)
+            blocks = [
+                self.block_layer(dim, grid, heads, shifted=i % 2 == 1, drop_path=next(rates), **block)
+                for i in range(depth)
+            ]
+            last = stage == len(depths) - 1
+            merging = None if last else self.merging_layer(dim, block["norm_layer"])
+            stages.append(BasicLayer(blocks, merging, use_checkpoint))
+        return stages
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the official optimizer does not decay."""
+        return {"absolute_pos_embed"}
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of names of parameters that the official optimizer does not decay."""
+        return {"relative_position_bias_table"}
+
+    def _position_embedding(self) -> Tensor | None:
+        """(H, W, C), or None without an absolute position embedding."""
+        return None if self.absolute_pos_embed is None else self.absolute_pos_embed.view(*self.patch_embed.grid, -1)
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, H, W, C) through dropout, all stages and the last norm: (B, h, w, num_features)."""
+        x = self.pos_drop(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the mean of the last stage's tokens: (B, num_features)."""
+        x = self.patch_embed(images)
+        if self.absolute_pos_embed is not None:
+            x = x + self._position_embedding()
+        return self.forward_stages(x).mean(dim=(1, 2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.head(self.forward_features(images))
+
+
+class MaskedSwin:
+    """What turns a Swin Transformer into an encoder for SimMIM (official models/simmim.py): put before it as a base.
+
+    Hidden patches are replaced by one learnt mask token after the patch embedding.
+    """
+
+    def __init__(self, num_classes: int = 0, **kwargs: object) -> None:
+        if num_classes != 0:
+            raise ValueError(f"num_classes must be 0 in an encoder for SimMIM, got {num_classes}")
+        super().__init__(num_classes=0, **kwargs)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """As `forward`, channels last: (B, H / stride, W / stride, num_features)."""
+        x = self.patch_embed(images)  # (B, H, W, C)
+        check_mask(mask, x.shape[0], self.patch_embed.grid)
+        x = substitute_mask_tokens(x, mask, self.mask_token.flatten(), self._position_embedding(), backend=self.backend)
+        return self.forward_stages(x)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Encode images whose masked patches are hidden.
+
+        Args:
+            images: (B, in_chans, H, W).
+            mask: (B, H / patch, W / patch), bool or integer: non-zero where hidden.
+
+        Returns:
+            (B, num_features, H / stride, W / stride).
+        """
+        return self.encode(images, mask).permute(0, 3, 1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"mask_token"}
+
+
+class SwinTransformerForSimMIM(MaskedSwin, SwinTransformer):
+    """Swin encoder for SimMIM. Takes the arguments of `SwinTransformer`; has no classification head."""
+
+
+def _check_stages(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
+    if len(depths) != len(num_heads):
+        raise ValueError(f"num_heads must have one entry a stage: depths has {len(depths)}, got {len(num_heads)}")
+    for stage, heads in enumerate(num_heads):
+        if embed_dim * 2**stage % heads:
+            raise ValueError(
+                f"num_heads must divide the channels of its stage: {embed_dim * 2**stage} in stage {stage}, got {heads}"
+            )
+
+
+def _check_window(window: tuple[int, int], grid: tuple[int, int]) -> None:
+    if window[0] > grid[0] and window[1] > grid[1]:
+        raise ValueError(
+            f"window_size must fit the grid of patches {grid[0]} x {grid[1]}, got {window[0]} x {window[1]}"
+        )

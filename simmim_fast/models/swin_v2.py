@@ -1,0 +1,161 @@
+"""Swin Transformer V2 (arXiv 2111.09883) as the official code builds it, and its form for SimMIM.
+
+Against V1: cosine attention with a learnt temperature, the position bias from a small MLP over log-spaced offsets, and
+norms after the branch instead of before it. Names are those of the official models/swin_transformer_v2.py.
+
+Shapes: B batch, H and W the token grid of a stage, C its channels, N tokens of one window, h heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim_fast.models.layers import NormLayer
+from simmim_fast.models.swin import MaskedSwin, SwinTransformer, SwinTransformerBlock, gather_neighbours
+from simmim_fast.ops.shifted_window_attention.reference import relative_position_index, shifted_window_attention
+
+POSITION_MLP_DIM = 512
+
+
+class WindowAttention(nn.Module):
+    """Cosine self-attention inside (shifted) windows with a continuous position bias (sections 3.3 and 3.4).
+
+    Args:
+        dim: Channels.
+        window_size: Height and width of a window in tokens.
+        shift: Rows and columns by which the grid is rolled before it is cut into windows.
+        num_heads: Heads.
+        qkv_bias: Whether q and v carry a bias; k never does.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        shift: tuple[int, int],
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.num_heads = num_heads
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, POSITION_MLP_DIM), nn.ReLU(), nn.Linear(POSITION_MLP_DIM, num_heads, bias=False)
+        )
+        self.register_buffer("relative_coords_table", relative_coords_table(window_size))
+        self.register_buffer("relative_position_index", relative_position_index(window_size))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def bias_table(self) -> Tensor:
+        """Position bias of each offset between two tokens: ((2 wh - 1)(2 ww - 1), h)."""
+        return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        x = shifted_window_attention(
+            F.linear(x, self.qkv.weight, bias),
+            self.bias_table(),
+            self.window_size,
+            self.shift,
+            self.num_heads,
+            logit_scale=self.logit_scale.flatten(),
+            pad_value=bias,
+            position_index=self.relative_position_index,
+            attn_mask=attn_mask,
+            dropout=self.attn_drop.p if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(x))
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
+
+
+def relative_coords_table(window_size: tuple[int, int], trained_size: tuple[int, int] | None = None) -> Tensor:
+    """Log-spaced offsets between two tokens, the input of the position MLP: (1, 2 wh - 1, 2 ww - 1, 2) float32.
+
+    An offset d becomes sign(d) log2(1 + |8 d / (w - 1)|) / log2(8), where w is the side of the window that the MLP was
+    trained on: `trained_size`, by default this window (section 3.4, equation 4).
+    """
+    axes = [torch.arange(1 - size, size, dtype=torch.float32) for size in window_size]
+    table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    for axis, size in enumerate(trained_size or window_size):
+        table[..., axis] *= 8 / max(size - 1, 1)
+    return (table.sign() * torch.log2(table.abs() + 1) / 3).unsqueeze(0)
+
+
+class SwinTransformerV2Block(SwinTransformerBlock):
+    """One block with its norms after the branches: x + LN(attention(x)), then x + LN(MLP(x)) (section 3.2)."""
+
+    attention_layer = WindowAttention
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.norm1(self.attn(x, self.attn_mask)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
+class PatchMergingV2(nn.Module):
+    """Halve the grid, double the channels: 2 x 2 neighbours side by side, a linear layer, then the norm.
+
+    Args:
+        dim: Channels in.
+        norm_layer: Builds a norm from its channels.
+    """
+
+    def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(gather_neighbours(x)))
+
+
+class SwinTransformerV2(SwinTransformer):
+    """Swin Transformer V2 with a classification head.
+
+    Takes the arguments of `SwinTransformer` but `qk_scale`, and:
+
+    Args:
+        pretrained_window_sizes: Side of the window of each stage in pre-training; 0 for this model's.
+    """
+
+    block_layer = SwinTransformerV2Block
+    merging_layer = PatchMergingV2
+
+    def __init__(self, *args: object, pretrained_window_sizes: Sequence[int] = (0, 0, 0, 0), **kwargs: object) -> None:
+        if kwargs.pop("qk_scale", None) is not None:
+            raise ValueError("qk_scale must be None in Swin V2: its cosine attention has a learnt temperature")
+        super().__init__(*args, **kwargs)
+        for stage, trained_size in enumerate(pretrained_window_sizes[: len(self.layers)]):
+            for block in self.layers[stage].blocks:
+                nn.init.zeros_(block.norm1.weight)
+                nn.init.zeros_(block.norm2.weight)
+                if trained_size:
+                    table = relative_coords_table(block.attn.window_size, (trained_size, trained_size))
+                    block.attn.relative_coords_table.copy_(table)
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        return {"cpb_mlp", "logit_scale", "relative_position_bias_table"}
+
+
+class SwinTransformerV2ForSimMIM(MaskedSwin, SwinTransformerV2):
+    """Swin V2 encoder for SimMIM. Takes the arguments of `SwinTransformerV2`; has no classification head."""
