@@ -1,0 +1,9 @@
+"""Weights in and out: official checkpoints, and bias tables for other windows."""
+
+from __future__ import annotations
+
+from simmim_fast.interop.bias_tables import resize_relative_position_bias
+from simmim_fast.interop.official import load_official
+from simmim_fast.interop.unpickle import InertRecord, UnsafePickleError, read_checkpoint
+
+__all__ = ["InertRecord", "UnsafePickleError", "load_official", "read_checkpoint", "resize_relative_position_bias"]
