@@ -51,6 +51,10 @@ test-gpu: $(SETUP) ## the kernels on an NVIDIA GPU
 	@echo "== running the GPU tests"
 	@$(BIN)/python -m pytest -m gpu
 
+test-abi: $(SETUP) ## wheels across torch versions, in throw-away environments (downloads two torches)
+	@echo "== building and loading wheels across torch versions"
+	@$(BIN)/python tests/abi.py
+
 check: $(SETUP) ## style, without rewriting
 	@echo "== checking style"
 	@$(BIN)/ruff format --check .
@@ -68,8 +72,8 @@ wheel: $(SETUP) ## build dist/*.whl with the compiled parts
 	@ls -l dist
 
 bench: $(SETUP) ## time the ops
-	@$(BIN)/python -m pytest benchmarks --benchmark-only
+	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
 
 clean: ## remove what was built and what was run
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find simmim_fast -name '*.so' -delete
+	rm -rf simmim_fast/lib simmim_fast/_C.*

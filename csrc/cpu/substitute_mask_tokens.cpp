@@ -1,0 +1,139 @@
+// substitute_mask_tokens on the CPU: rows of channels, split among threads; memory-bound.
+
+#include "substitute_mask_tokens.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/simd.h"
+
+namespace simmim_fast::substitute_mask_tokens {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+
+int64_t grain(int64_t elements_per_step) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_step));
+}
+
+template <typename From, typename To>
+SIMMIM_FAST_INLINE void copy_row(const From* __restrict from, To* __restrict to, int64_t channels) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::copy_n(from, channels, to);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) to[c] = To(from[c]);
+  }
+}
+
+// Half types are added in float32 and rounded once.
+template <typename From, typename To>
+SIMMIM_FAST_INLINE void add_rows(const From* __restrict a, const To* __restrict b, To* __restrict to,
+                                 int64_t channels) {
+  using Compute = Accumulator<To>;
+  for (int64_t c = 0; c < channels; ++c) to[c] = To(Compute(a[c]) + Compute(b[c]));
+}
+
+template <typename From, typename Sum>
+SIMMIM_FAST_INLINE void accumulate_row(const From* __restrict from, Sum* __restrict sum, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) sum[c] += Sum(from[c]);
+}
+
+template <typename X, typename Out>
+SIMMIM_FAST_SIMD void forward_rows(const ForwardArgs<X, Out>& args, int64_t begin, int64_t end) {
+  const int64_t channels = args.channels;
+  for (int64_t row = begin; row < end; ++row) {
+    const X* x = args.x + row * channels;
+    Out* out = args.out + row * channels;
+    if (args.pos_embed) {
+      const Out* pos = args.pos_embed + row % args.positions * channels;
+      args.mask[row] ? add_rows(args.token, pos, out, channels) : add_rows(x, pos, out, channels);
+    } else {
+      args.mask[row] ? copy_row(args.token, out, channels) : copy_row(x, out, channels);
+    }
+  }
+}
+
+template <typename X, typename Out>
+SIMMIM_FAST_SIMD void backward_chunk(const BackwardArgs<X, Out>& args, int64_t chunk) {
+  using Sum = Accumulator<Out>;
+  const Chunks& chunks = args.chunks;
+  const int64_t channels = args.channels;
+  const int64_t batch_chunk = chunk / chunks.of_positions;
+  const int64_t first_image = batch_chunk * chunks.batch, first = chunk % chunks.of_positions * chunks.positions;
+  const int64_t last_image = std::min(first_image + chunks.batch, args.batch);
+  const int64_t last = std::min(first + chunks.positions, args.positions);
+  Sum* token_sum = args.token_partials ? args.token_partials + chunk * channels : nullptr;
+  if (token_sum) std::fill_n(token_sum, channels, Sum(0));
+  for (int64_t position = first; position < last; ++position) {
+    Sum* pos_sum =
+        args.pos_partials ? args.pos_partials + (batch_chunk * args.positions + position) * channels : nullptr;
+    if (pos_sum) std::fill_n(pos_sum, channels, Sum(0));
+    for (int64_t image = first_image; image < last_image; ++image) {
+      const int64_t row = image * args.positions + position;
+      const Out* grad = args.grad_out + row * channels;
+      X* grad_x = args.grad_x ? args.grad_x + row * channels : nullptr;
+      const bool masked = args.mask[row];
+      if (grad_x && masked) std::fill_n(grad_x, channels, X(0));
+      if (grad_x && !masked) copy_row(grad, grad_x, channels);
+      if (token_sum && masked) accumulate_row(grad, token_sum, channels);
+      if (pos_sum) accumulate_row(grad, pos_sum, channels);
+    }
+  }
+}
+
+// Columns [begin, end) of partials (count, width), summed in float64 in the order of the chunks.
+template <typename T>
+SIMMIM_FAST_SIMD void sum_columns(const T* partials, T* out, int64_t count, int64_t width, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 64;  // columns whose sums stay in registers or the first cache
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t size = std::min(kBlock, end - first);
+    double sums[kBlock] = {};
+    for (int64_t chunk = 0; chunk < count; ++chunk)
+      for (int64_t c = 0; c < size; ++c) sums[c] += partials[chunk * width + first + c];
+    for (int64_t c = 0; c < size; ++c) out[first + c] = T(sums[c]);
+  }
+}
+
+Tensor sum_partials(const Tensor& partials) {
+  const IntHeaderOnlyArrayRef shape = partials.sizes().slice(1);
+  const Tensor out = torch::stable::new_empty(partials, shape);
+  const int64_t count = partials.size(0), width = out.numel();
+  const auto sum = [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* from = partials.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, width, grain(count),
+                                [&](int64_t begin, int64_t end) { sum_columns(from, to, count, width, begin, end); });
+  };
+  partials.scalar_type() == ScalarType::Double ? sum(Type<double>{}) : sum(Type<float>{});
+  return out;
+}
+
+Tensor forward_cpu(const Tensor& x, const Tensor& mask, const Tensor& mask_token,
+                   const std::optional<Tensor>& pos_embed) {
+  return forward(x, mask, mask_token, pos_embed, [](const auto& args) {
+    torch::stable::parallel_for(0, args.rows, grain(args.channels),
+                                [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& mask,
+                                                std::optional<ScalarType> x_dtype,
+                                                std::optional<ScalarType> token_dtype,
+                                                std::optional<ScalarType> pos_dtype) {
+  const auto run = [](const auto& args) {
+    const int64_t chunk_elements = args.chunks.batch * args.chunks.positions * args.channels;
+    torch::stable::parallel_for(0, args.chunks.count(), grain(chunk_elements), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk(args, chunk);
+    });
+  };
+  return backward(grad_out, mask, x_dtype, token_dtype, pos_dtype, run, sum_partials);
+}
+
+}  // namespace
+}  // namespace simmim_fast::substitute_mask_tokens
+
+STABLE_TORCH_LIBRARY_IMPL(simmim_fast, CPU, m) {
+  namespace op = simmim_fast::substitute_mask_tokens;
+  m.impl("substitute_mask_tokens_native", TORCH_BOX(&op::forward_cpu));
+  m.impl("substitute_mask_tokens_native_backward", TORCH_BOX(&op::backward_cpu));
+}

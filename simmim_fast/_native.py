@@ -1,0 +1,91 @@
+"""Loads the compiled parts once, when this module is imported, and says what is there, what is not, and why.
+
+`_C` is the pybind11 module (build information, no mathematics). `lib/ops_cpu.so` and `lib/ops_cuda.so` register the
+native kernels with PyTorch; the second is loaded only where PyTorch has CUDA. Nothing here raises: a part that is off
+has a reason. setup.py builds all three, or leaves the reason in `lib/not_built.txt`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = Path(__file__).parent / "lib"
+
+try:
+    from simmim_fast import _C
+
+    _IMPORT_ERROR = None
+except ImportError as error:
+    _C, _IMPORT_ERROR = None, error
+
+
+def _why_not_compiled() -> str | None:
+    if _C is not None:
+        return None
+    note = _LIBRARIES / "not_built.txt"
+    if note.exists():
+        return f"installed as pure Python: {note.read_text().strip()}"
+    built = list(Path(__file__).parent.glob("_C.*.so"))
+    if built:
+        return f"{built[0].name} does not load: {_IMPORT_ERROR}"
+    return "not compiled: install the package with pip, which compiles it"
+
+
+def _load(name: str) -> str | None:
+    """Loads a library of ops; the reason where it is not there or does not load."""
+    library = _LIBRARIES / name
+    if not library.exists():
+        return f"{library} is missing: install the package again"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{name} does not load in torch {torch.__version__}: {error.__cause__ or error}"
+    return None
+
+
+def _load_cpu() -> str | None:
+    return _why_not_compiled() or _load("ops_cpu.so")
+
+
+def _load_cuda() -> str | None:
+    if (reason := _why_not_compiled()) is not None:
+        return reason
+    if build_reason := _C.build_info()["cuda_reason"]:
+        return f"built without CUDA kernels: {build_reason}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load("ops_cuda.so")
+
+
+_WHY_NOT = {"cpu": _load_cpu(), "cuda": _load_cuda()}
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the native kernels for "cpu" or "cuda" tensors are off; None where they are registered.
+
+    Says nothing about whether a GPU is there.
+    """
+    return _WHY_NOT[device_type]
+
+
+def build_info() -> dict[str, str | None]:
+    """What was compiled and with what.
+
+    Returns:
+        `reason` (None, or why nothing is compiled) and, where something is: `compiler`, `flags`, `torch` (compiled
+        against), `torch_target` (the oldest torch it works with, as LibTorch encodes versions), `cuda_compiler`,
+        `cuda_flags`, `cuda_architectures` (as in TORCH_CUDA_ARCH_LIST) and `cuda_reason` (why there are no CUDA
+        kernels), all strings, empty where they do not apply.
+    """
+    reason = _why_not_compiled()
+    return {"reason": reason} if reason is not None else {"reason": None, **_C.build_info()}
+
+
+def simd_level() -> str | None:
+    """The vector instructions that the CPU kernels use on this processor; None where nothing is compiled.
+
+    "avx512_bf16", "avx512" (x86-64-v4), "avx2" (x86-64-v3) or "baseline".
+    """
+    return None if _C is None else _C.simd_level()
