@@ -1,0 +1,125 @@
+"""The backends an op can run on: what each needs, and which one runs a call.
+
+"reference" is plain PyTorch and runs everywhere. "native" is the compiled library: C++ on the CPU, CUDA C++ on the GPU.
+"triton" are the Triton kernels: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before the import.
+"auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first of the device's
+order that can run. A backend asked for by name, by argument or by variable, runs or raises; it never falls back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from simmim_fast import _native
+
+ENVIRONMENT_VARIABLE = "SIMMIM_FAST_BACKEND"
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+TRITON_CAPABILITY = (8, 0)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op by its public name, with the function behind each of its backends; all take the same arguments."""
+
+    name: str
+    implementations: Mapping[str, Callable]
+
+
+def _native_refusal(device: torch.device) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"it takes CPU and CUDA tensors, not {device.type}"
+    return _native.why_not(device.type)
+
+
+def _triton_refusal(device: torch.device) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if TRITON_INTERPRETED and device.type in ("cpu", "cuda"):
+        return None
+    if device.type == "cpu":
+        return "it takes CPU tensors only where TRITON_INTERPRET=1 was set before the import"
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, not {device.type}"
+    return _capability_refusal(device)
+
+
+def _capability_refusal(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability < TRITON_CAPABILITY:
+        return f"it needs compute capability {TRITON_CAPABILITY}, {device} has {capability}"
+    return None
+
+
+_REFUSALS = {"reference": lambda device: None, "native": _native_refusal, "triton": _triton_refusal}
+BACKENDS = tuple(_REFUSALS)
+
+
+def refusal(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on activations of this device and dtype; None where it can."""
+    if backend not in op.implementations:
+        return f"{op.name} has no {backend} implementation"
+    if backend != "reference" and dtype not in FLOAT_DTYPES:
+        return f"it has no kernel for {dtype}"
+    return _REFUSALS[backend](device)
+
+
+def _takes_any_size(backend: str) -> None:
+    return None
+
+
+def choose(
+    op: Op,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    size_refusal: Callable[[str], str | None] = _takes_any_size,
+) -> str:
+    """The backend that runs a call of `op`.
+
+    Args:
+        op: The op that is called.
+        backend: "auto", "reference", "native" or "triton".
+        device: Where the call's tensors are.
+        dtype: Dtype of the activations.
+        size_refusal: From a backend's name, why its kernels do not take the sizes of this call; None where they do.
+
+    Returns:
+        "reference", "native" or "triton".
+
+    Raises:
+        ValueError: `backend`, or SIMMIM_FAST_BACKEND behind "auto", is no backend's name.
+        RuntimeError: The backend asked for by name cannot run; the message says why.
+    """
+
+    def reason(name: str) -> str | None:
+        return refusal(op, name, device, dtype) or size_refusal(name)
+
+    source, wish = "backend", backend
+    if wish == "auto":
+        source, wish = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if wish == "auto":
+        return next(name for name in _AUTO_ORDER.get(device.type, ("reference",)) if reason(name) is None)
+    if wish not in BACKENDS:
+        raise ValueError(_unknown_backend(source, wish))
+    if (refused := reason(wish)) is not None:
+        raise RuntimeError(f"{op.name}: {source}={wish!r} cannot run here: {refused}")
+    return wish
+
+
+def _unknown_backend(source: str, wish: str) -> str:
+    names = ("auto", *BACKENDS)
+    nearest = difflib.get_close_matches(wish, names, n=1, cutoff=0.0)[0]
+    return f"{source} must be one of {', '.join(names)}; got {wish!r} (did you mean {nearest!r}?)"

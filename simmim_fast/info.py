@@ -1,0 +1,120 @@
+"""What is installed, what was compiled, and which backend each op uses: `simmim-fast info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import simmim_fast
+from simmim_fast import _native
+from simmim_fast._backends import BACKENDS, ENVIRONMENT_VARIABLE, Op, choose, refusal
+from simmim_fast.ops import OPS
+
+NO_CUDA_DEVICE = "PyTorch sees no CUDA device"
+
+
+def collect() -> dict[str, Any]:
+    """Facts about this installation, as JSON has them.
+
+    Returns:
+        "versions": of simmim_fast, python, torch, triton, CUDA (of torch) and the driver; None where absent.
+        "native": the compiled library, as `_native.build_info` has it, with "simd", the level this processor runs at.
+        "gpus": name, compute capability and GiB of each.
+        "environment": what SIMMIM_FAST_BACKEND and TRITON_INTERPRET are set to.
+        "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", None where nothing
+        can run) and why each of the others is off ("off").
+    """
+    return {
+        "versions": _versions(),
+        "native": {**_native.build_info(), "simd": _native.simd_level()},
+        "gpus": _gpus(),
+        "environment": {name: os.environ.get(name) for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")},
+        "ops": {name: {device: _backends(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
+    }
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The facts of `collect` as lines of text."""
+    return "\n".join(_lines(facts))
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield from _section("versions", facts["versions"])
+    yield from _section("native", facts["native"])
+    yield "gpus"
+    yield from (
+        f"  {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB" for gpu in facts["gpus"]
+    )
+    if not facts["gpus"]:
+        yield f"  {NO_CUDA_DEVICE}"
+    yield from _section("environment", facts["environment"])
+    yield "ops"
+    for op, devices in facts["ops"].items():
+        yield f"  {op}"
+        for device, backends in devices.items():
+            yield f"    {device}: {backends['use'] or 'nothing can run'}"
+            yield from (f"      {backend} is off: {reason}" for backend, reason in backends["off"].items())
+
+
+def _section(title: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    yield title
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield f"  {name}: {'-' if value is None else text}"
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "simmim_fast": simmim_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version_of("triton"),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    return output.stdout.splitlines()[0].strip() if output.returncode == 0 and output.stdout else None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory_gib": round(device.total_memory / 2**30, 1),
+        }
+        for device in devices
+    ]
+
+
+def _backends(op: Op, device_type: str) -> dict[str, Any]:
+    device = torch.device(device_type)
+    reasons = {backend: refusal(op, backend, device, torch.float32) for backend in BACKENDS}
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return {"use": None, "off": {backend: reason or NO_CUDA_DEVICE for backend, reason in reasons.items()}}
+    try:
+        use = choose(op, "auto", device, torch.float32)
+    except (RuntimeError, ValueError) as error:  # SIMMIM_FAST_BACKEND asks for what cannot be
+        return {"use": None, "off": {"auto": str(error)}}
+    return {"use": use, "off": {backend: reason for backend, reason in reasons.items() if reason is not None}}

@@ -1,0 +1,129 @@
+"""How an op enters PyTorch's dispatcher: schemas, fakes, autograd and cost formulas, once for all of its backends.
+
+Each backend of an op is an operator of its own, `simmim_fast::<op>_<backend>` with `..._backward` beside it. All share
+the op's schemas, fakes and autograd. The compiled library registers the kernels of "native" itself; those of any other
+backend are the functions `forward` and `backward` of a module, imported at the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverloadPacket
+
+from simmim_fast._backends import TRITON_INTERPRETED, Op
+
+LIBRARY = torch.library.Library("simmim_fast", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The forward or the backward of an op, as every backend computes it.
+
+    Attributes:
+        schema: Arguments and results in the dispatcher's language, without a name.
+        fake: From the arguments, empty results of the right shapes, dtypes and strides.
+        flops: From the arguments, floating-point operations as `torch.utils.flop_counter` has them: matrix products.
+        bytes_moved: From the arguments, the bytes (read, written) in device memory, workspaces included.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
+    bytes_moved: Callable[..., tuple[int, int]]
+
+
+_DIRECTIONS: dict[OpOverloadPacket, Direction] = {}
+
+
+def define_op(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    forward: Direction,
+    backward: Direction,
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+    backends: Mapping[str, str | None],
+) -> Op:
+    """Register an op's operators, and the op itself in `OPS`.
+
+    Args:
+        name: The public function's name.
+        reference: The plain PyTorch function, not an operator.
+        forward: The forward operators.
+        backward: The backward operators. They have no derivative of their own.
+        setup_context: (ctx, inputs, output), as `torch.library.register_autograd` has it.
+        gradients: (ctx, backward operator, *grad_outputs) -> gradients of the forward's arguments.
+        backends: Backend -> module with its `forward` and `backward`, or None where the compiled library has them.
+    """
+    implementations = {"reference": reference}
+    for backend, module in backends.items():
+        operator = _define_operator(f"{name}_{backend}", forward, module, "forward")
+        backward_operator = _define_operator(f"{name}_{backend}_backward", backward, module, "backward")
+        _register_autograd(operator, backward_operator, setup_context, gradients)
+        implementations[backend] = operator.default
+    OPS[name] = Op(name, implementations)
+    return OPS[name]
+
+
+def bytes_moved(operator: OpOverloadPacket, *args: Any) -> tuple[int, int]:
+    """Bytes that a call of a registered operator reads and writes at most; reads no data, so meta tensors do.
+
+    Raises:
+        KeyError: The operator is not one of this library's.
+    """
+    return _DIRECTIONS[operator].bytes_moved(*args)
+
+
+def register_flop_formulas() -> None:
+    """Make `torch.utils.flop_counter.FlopCounterMode` count this library's operators. Call before creating a counter.
+
+    Not done on import: flop_counter imports triton, which takes longer than this package.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for operator, direction in _DIRECTIONS.items():
+        if operator not in flop_registry:
+            register_flop_formula(operator, get_raw=True)(_flop_formula(direction))
+
+
+def _flop_formula(direction: Direction) -> Callable[..., int]:
+    return lambda *args, out_val=None, **kwargs: direction.flops(*args, **kwargs)
+
+
+def _define_operator(name: str, direction: Direction, module: str | None, function: str) -> OpOverloadPacket:
+    LIBRARY.define(name + direction.schema)
+    operator = getattr(torch.ops.simmim_fast, name)
+    torch.library.register_fake(operator.default, direction.fake, lib=LIBRARY)
+    if module is not None:
+        for key in ("CUDA", "CPU") if TRITON_INTERPRETED else ("CUDA",):
+            LIBRARY.impl(operator.default, _imported_when_called(module, function), key)
+    _DIRECTIONS[operator] = direction
+    return operator
+
+
+def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
+    return lambda *args: getattr(importlib.import_module(module), function)(*args)
+
+
+def _register_autograd(
+    operator: OpOverloadPacket,
+    backward_operator: OpOverloadPacket,
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> None:
+    def first_derivative(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        return gradients(ctx, backward_operator.default, *grad_outputs)
+
+    def no_second_derivative(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        raise RuntimeError(f"{operator} has no second derivative; backend='reference' has one")
+
+    register = torch.library.register_autograd
+    register(operator.default, first_derivative, setup_context=setup_context, lib=LIBRARY)
+    register(backward_operator.default, no_second_derivative, lib=LIBRARY)

@@ -1,0 +1,48 @@
+"""Fixtures for the tests of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from simmim_fast import _native
+from simmim_fast._backends import TRITON_INTERPRETED
+from tests import host_cuda
+from tests.ops.targets import TARGETS, Target
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter needs a process of its own, which test_triton_interpreter.py starts."""
+    if TRITON_INTERPRETED:
+        return
+    interpreted = [item for item in items if item.get_closest_marker("interpreted")]
+    config.hook.pytest_deselected(items=interpreted)
+    items[:] = [item for item in items if item not in interpreted]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """A backend that can run here. What is not compiled fails, since these tests would otherwise prove nothing."""
+    target: Target = request.param
+    if target.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("not run: PyTorch sees no CUDA device")
+    if target.cuda_on_host:
+        if host_cuda.WHY_NOT is not None:
+            pytest.fail(f"cuda-on-host is off: {host_cuda.WHY_NOT}")
+        with host_cuda.installed():
+            yield target
+        return
+    if target.backend == "native" and (reason := _native.why_not(target.device)) is not None:
+        pytest.fail(f"native is off on {target.device}: {reason}")
+    yield target
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that PyTorch hands out is NaN, for C++ as for Python, so that what a kernel leaves unwritten shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from simmim_fast import _native
+from simmim_fast._backends import BACKENDS
+from simmim_fast.info import collect, render
+from simmim_fast.ops import OPS
+
+
+def test_facts_are_json() -> None:
+    assert json.loads(json.dumps(collect())) == collect()
+
+
+def test_versions() -> None:
+    versions = collect()["versions"]
+    assert versions["torch"] == torch.__version__
+    assert set(versions) == {"simmim_fast", "python", "torch", "triton", "cuda", "driver"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_of_every_op_is_used_ready_or_off_for_a_reason(op: str, device: str) -> None:
+    backends = collect()["ops"][op][device]
+    assert set(backends["off"]) <= set(BACKENDS)
+    assert all(backends["off"].values())
+    assert backends["use"] not in backends["off"]
+    if device == "cuda" and not torch.cuda.is_available():
+        assert backends["use"] is None
+        assert set(backends["off"]) == set(BACKENDS)
+
+
+def test_says_why_native_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "why_not", lambda device: f"not compiled for {device}")
+    facts = collect()
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            assert facts["ops"][op][device]["off"]["native"] == f"not compiled for {device}"
+    assert "native is off: not compiled for cpu" in render(facts)
+
+
+def test_says_what_the_variable_prevents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMMIM_FAST_BACKEND", "nativ")
+    facts = collect()
+    assert facts["environment"]["SIMMIM_FAST_BACKEND"] == "nativ"
+    assert all(devices["cpu"]["use"] is None for devices in facts["ops"].values())
+    assert "did you mean 'native'?" in render(facts)
+
+
+def test_text_names_every_fact() -> None:
+    facts = collect()
+    text = render(facts)
+    for section in ("versions", "native", "environment", "ops"):
+        assert all(f"  {name}" in text for name in facts[section])
