@@ -84,7 +84,7 @@ def build_simmim(config: str | Path | Mapping[str, object] | OfficialConfig) -> 
     target = config.MODEL.SIMMIM.NORM_TARGET
     return create_model(
         _model_type(config),
-        **_encoder_arguments(config),
+        **encoder_arguments(config),
         norm_target=target.ENABLE,
         norm_target_patch_size=target.PATCH_SIZE,
     )
@@ -104,7 +104,7 @@ def build_model(config: str | Path | Mapping[str, object] | OfficialConfig, is_p
         return build_simmim(config)
     config = read_official_config(config)
     kind = _model_type(config)
-    arguments = {**_encoder_arguments(config), "num_classes": config.MODEL.NUM_CLASSES}
+    arguments = {**encoder_arguments(config), "num_classes": config.MODEL.NUM_CLASSES}
     if kind == "swinv2":
         arguments["pretrained_window_sizes"] = config.MODEL.SWINV2.PRETRAINED_WINDOW_SIZES
     return CLASSIFIERS[kind](**_with_official_norm(kind, arguments))
@@ -116,7 +116,7 @@ def _model_type(config: OfficialConfig) -> str:
     return config.MODEL.TYPE
 
 
-def _encoder_arguments(config: OfficialConfig) -> dict[str, object]:
+def encoder_arguments(config: OfficialConfig) -> dict[str, object]:
     """The encoder's arguments in an official configuration (`build_simmim` of both official repositories)."""
     kind = config.MODEL.TYPE
     node = config.MODEL[kind.upper()]

@@ -1,0 +1,53 @@
+"""A run before it starts: put together and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from simmim_fast.data import ImageFolder, build_loader
+from simmim_fast.models import SimMIM
+from simmim_fast.train.build import build_dataset, build_masks, build_model, choose_device, count_workers
+from simmim_fast.train.config import PretrainConfig
+from simmim_fast.train.run import RunFolder
+from simmim_fast.train.stream import UpdateStream
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: every argument is checked, nothing is written yet."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    dataset: ImageFolder
+    model: SimMIM
+    updates: UpdateStream
+
+
+def prepare(config: PretrainConfig, *, overwrite: bool = False) -> Job:
+    """Puts a run together.
+
+    Args:
+        config: The whole run.
+        overwrite: Replace the run that `config.out` holds already, once this one has made its first update.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or does not fit another one or the images.
+    """
+    folder = RunFolder(config, overwrite=overwrite)
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    masks = build_masks(config, model)
+    dataset = build_dataset(config, model)
+    loader = build_loader(
+        dataset,
+        config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        num_workers=count_workers(config),
+        pin_memory=device.type == "cuda",
+    )
+    updates = UpdateStream(loader, masks, accumulation_steps=config.accumulation_steps, seed=config.seed, device=device)
+    return Job(config, folder, dataset, model.to(device), updates)

@@ -1,0 +1,197 @@
+"""The update and the loop: the official trajectory, accumulation, what a run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim_fast import create_model
+from simmim_fast.train import (
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    load_checkpoint,
+    loop,
+    pretrain,
+    pretrain_groups,
+    set_learning_rates,
+    train_step,
+)
+from tests import golden_data
+
+TINY = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.0}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Eleven images in two folders, one of them broken."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        folder = root / f"label{number % 2}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (root / "label0" / "broken.jpg").write_bytes(b"not an image")
+    return root
+
+
+def tiny_config(photos, out, **overrides) -> PretrainConfig:
+    settings = {
+        "model": "swin",
+        "model_args": TINY,
+        "img_size": 32,
+        "mask_patch_size": 8,
+        "batch_size": 4,
+        "epochs": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "workers": 0,
+        "optimizer": OptimizerConfig(lr=1e-3),
+        "schedule": ScheduleConfig(warmup_epochs=0),
+        "print_freq": 1,
+    }
+    return PretrainConfig(data=str(photos), out=str(out), **{**settings, **overrides})
+
+
+def test_thirty_steps_equal_official():
+    tensors, case = golden_data.read_case("train_swin_window6_img96")
+    text = case["schedule"]
+    number = {key: float(re.search(rf"{key} ([\d.e-]+)", text)[1]) for key in ("base", "warmup", "min")}
+    epochs, per_epoch = (int(re.search(rf"(\d+) {key}", text)[1]) for key in ("epochs", "iters per epoch"))
+    model = golden_data.build_case(tensors, case, backend="reference")
+    optimizer = build_optimizer(
+        pretrain_groups(model), OptimizerConfig(lr=number["base"], weight_decay=0.05), number["base"]
+    )
+    config = ScheduleConfig(warmup_epochs=1, warmup_lr=number["warmup"], min_lr=number["min"])
+    schedule = build_schedule(config, epochs, per_epoch)
+    images = tensors["images"].double()
+
+    rates, losses, norms = [], [], []
+    for step in range(case["steps"]):
+        rates.append(set_learning_rates(optimizer, schedule, step))
+        loss, norm = train_step(model, optimizer, [(images, tensors["masks"][step])], case["clip_grad"])
+        losses.append(loss.item())
+        norms.append(norm.item())
+    assert rates == pytest.approx(case["lr"], rel=1e-14)
+    assert losses == pytest.approx(case["loss"], rel=1e-7)
+    assert norms == pytest.approx(case["grad_norm"], rel=1e-7)
+
+
+def small_model():
+    torch.manual_seed(0)
+    return create_model("swin", img_size=32, **TINY).double()
+
+
+def uneven_batch():
+    """Images and masks that hide a different number of patches in each image."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(6, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return images, torch.rand(6, 8, 8, generator=generator) < torch.linspace(0.1, 0.9, 6)[:, None, None]
+
+
+@pytest.mark.parametrize("parts", [(3, 3), (1, 2, 3), (1,) * 6], ids=str)
+def test_accumulation_equals_the_large_batch(parts):
+    images, masks = uneven_batch()
+    whole = small_model()
+    split = copy.deepcopy(whole)
+    results = []
+    for model, micro_batches in (
+        (whole, [(images, masks)]),
+        (split, list(zip(images.split(parts), masks.split(parts), strict=True))),
+    ):
+        # SGD: Adam divides the gradient of the key's bias, which is 0 but for rounding, by its own size.
+        optimizer = build_optimizer(pretrain_groups(model), OptimizerConfig(name="sgd"), 0.1)
+        results.append([train_step(model, optimizer, micro_batches, 0.1) for _ in range(3)])
+    for (loss, norm), (split_loss, split_norm) in zip(*results, strict=True):
+        assert split_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert split_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for p, q in zip(whole.parameters(), split.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-9)
+
+
+def test_clipping_happens_once_on_the_whole_gradient():
+    model = small_model()
+    images, masks = uneven_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    _, norm = train_step(model, optimizer, list(zip(images.split(2), masks.split(2), strict=True)), 1e-3)
+    assert norm.item() > 1e-3
+    left = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert left.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_run_leaves_metrics_checkpoint_and_names_of_bad_images(photos, tmp_path):
+    out = tmp_path / "run"
+    checkpoint = pretrain(tiny_config(photos, out))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) >= {"epoch", "loss", "lr", "grad_norm", "images_per_second", "seconds", "unreadable"}
+    assert rows[-1]["unreadable"] == 1
+    assert "broken.jpg" in (out / "unreadable.txt").read_text()
+    assert checkpoint == out / "checkpoints/step-000004"
+    assert {path.name for path in checkpoint.iterdir()} == {"model.safetensors", "config.yaml", "state.json"}
+    model = load_checkpoint(out)
+    assert not model.training
+    assert torch.isfinite(model(torch.randn(1, 3, 32, 32), torch.ones(1, 8, 8, dtype=torch.bool)))
+
+
+def losses(photos, out, **overrides) -> list[float]:
+    pretrain(tiny_config(photos, out, **overrides))
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_seed_same_run_whatever_the_workers_and_the_split(photos, tmp_path):
+    plain = losses(photos, tmp_path / "a")
+    assert losses(photos, tmp_path / "b", workers=1) == plain
+    assert losses(photos, tmp_path / "c", batch_size=2, accumulation_steps=2) == pytest.approx(plain, rel=1e-4)
+    assert losses(photos, tmp_path / "d", seed=1) != plain
+
+
+def test_bf16_run(photos, tmp_path):
+    assert losses(photos, tmp_path / "a", precision="bf16") == pytest.approx(losses(photos, tmp_path / "b"), rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path):
+    config = tiny_config(photos, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30), clip_grad=None, epochs=4)
+    with pytest.raises(FloatingPointError, match=r"step \d+: expected a finite loss and gradient"):
+        pretrain(config)
+
+
+def test_only_the_newest_checkpoints_stay(photos, tmp_path):
+    pretrain(tiny_config(photos, tmp_path / "run", epochs=4, save_freq=1, keep=2))
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000006", "step-000008"]
+
+
+def test_a_folder_with_a_run_is_refused_unless_overwritten(photos, tmp_path):
+    config = tiny_config(photos, tmp_path / "run")
+    pretrain(config)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="out must be a folder without a run, or --overwrite be given"):
+        pretrain(config)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    pretrain(config, overwrite=True)
+
+
+def test_ctrl_c_completes_the_update_and_saves(photos, tmp_path, monkeypatch):
+    def step_then_press(*args: object, **kwargs: object):
+        signal.raise_signal(signal.SIGINT)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step_then_press)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after update 1 of 4; checkpoint: .*step-000001"):
+        pretrain(tiny_config(photos, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    state = json.loads((tmp_path / "run/checkpoints/step-000001/state.json").read_text())
+    assert (state["step"], state["epoch"], state["seed"]) == (1, 0.5, 0)
+    load_checkpoint(tmp_path / "run")
