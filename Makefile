@@ -37,7 +37,7 @@ $(SETUP): $(VENV)/.dependencies pyproject.toml $(NATIVE)
 
 demo: $(SETUP) ## pre-train a small Swin on real photographs; pictures in runs/demo
 	@echo "== pre-training on photographs (under five minutes on two cores)"
-	@$(BIN)/python examples/demo.py
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: $(SETUP) ## the tests, on the CPU
 	@echo "== running the tests"

@@ -109,7 +109,7 @@ def shifted_window_attention_inputs(
         dtype: Of qkv.
         parameter_dtype: Of table, logit scale and padding value; qkv's by default.
         cosine: With a logit scale or with None.
-        pad_value: With a padding value or with None.
+        pad_value: With a padding value, where the window does not divide the grid, or with None.
         queries: Distinct tokens of each image whose outputs are wanted, in random order; None for all.
         device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
         seed: Of the generator.
@@ -117,6 +117,7 @@ def shifted_window_attention_inputs(
     generator = torch.Generator().manual_seed(seed)
     parameter_dtype = parameter_dtype or dtype
     images, height, width, heads, head_size = shape
+    pad_value = pad_value and (height % window_size[0] != 0 or width % window_size[1] != 0)
     channels = 3 * heads * head_size
     offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
     order = torch.rand((images, height * width), generator=generator).argsort(dim=1)
