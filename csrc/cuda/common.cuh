@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+
 #include "checks.h"
 
 #ifdef SIMMIM_FAST_HOST_CUDA

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def biased_attention(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, *, scale: float | None = None, dropout: float = 0.0
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    queries: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Multi-head self-attention with a bias on the logits: softmax(scale q k' + bias) v.
 
@@ -16,14 +23,16 @@ def biased_attention(
         bias: (heads, N, N), shared by the batch, or None.
         num_heads: Heads; C is heads x head size.
         scale: Factor of the logits; head size ** -0.5 by default.
+        queries: (B, K) integer, the tokens whose outputs are wanted; all by default.
         dropout: Rate at which attention weights are dropped.
 
     Returns:
-        (B, N, C), in qkv's dtype.
+        (B, N, C), or (B, K, C) with `queries`, in qkv's dtype.
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, N, D) each
     logits = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
     weights = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    out = (weights @ v).transpose(1, 2).flatten(2)
+    return out if queries is None else torch.take_along_dim(out, queries.long()[..., None], dim=1)

@@ -1,0 +1,81 @@
+"""The public function: checks, choice of backend, call."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from simmim_fast._backends import choose
+from simmim_fast.ops._checks import INTEGER_DTYPES, check_device, check_float, check_shape
+from simmim_fast.ops.biased_attention.op import OP, size_refusal
+
+
+def biased_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    queries: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head self-attention over all tokens, with a bias on the logits that the batch shares.
+
+        softmax(scale q k' + bias) v
+
+    The attention of BEiT (arXiv 2106.08254), as in the official code (models/vision_transformer.py). The logits of all
+    pairs of tokens are never stored, in either direction.
+
+    Args:
+        qkv: (B, N, 3C), float64, float32, bfloat16 or float16, any strides: q, k and v as the linear layer writes them,
+            each head by head. C is heads x head size.
+        bias: (heads, N, N), a floating dtype of its own, or None.
+        num_heads: Heads.
+        scale: Factor of the logits, head size ** -0.5 by default.
+        queries: (B, K) integer: the distinct tokens whose outputs are wanted. A token outside 0 .. N - 1 is an error on
+            the CPU, and NaN in its row on CUDA.
+        backend: "auto", "reference", "native" or "triton"; an explicit name never falls back. "auto" passes over a
+            backend that does not take this call.
+
+    Returns:
+        (B, N, C), or (B, K, C) with `queries`, contiguous, in qkv's dtype, under autocast as without.
+
+    Raises:
+        TypeError: A tensor is none, or of the wrong dtype.
+        ValueError: Shapes or devices disagree, a size is out of range, or the backend is unknown.
+        RuntimeError: The named backend cannot run; the message says why.
+
+    Numerics:
+        Logits, softmax and all sums are in float32 (float64 for float64); products take qkv's dtype. The gradient of
+        the bias adds up over the batch in a fixed order, so that it repeats bit for bit.
+    """
+    check_float(qkv=qkv, bias=bias)
+    if qkv.ndim != 3:
+        raise ValueError(f"qkv must have 3 dimensions (B, N, 3C); got shape {tuple(qkv.shape)}")
+    tokens, channels = qkv.shape[1:]
+    if num_heads < 1 or channels == 0 or channels % (3 * num_heads):
+        raise ValueError(f"qkv must have 3 x num_heads x head size channels; got {channels} for {num_heads} heads")
+    if bias is not None:
+        check_shape("bias", bias, (num_heads, tokens, tokens), "(heads, N, N)")
+    if queries is not None:
+        queries = _check_queries(queries, qkv)
+    check_device("qkv", qkv, bias=bias, queries=queries)
+    head_size = channels // (3 * num_heads)
+    scale = head_size**-0.5 if scale is None else float(scale)
+    refusal = partial(size_refusal, device_type=qkv.device.type, head_size=head_size)
+    backend = choose(OP, backend, qkv.device, qkv.dtype, refusal)
+    out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
+    return out
+
+
+def _check_queries(queries: Tensor, qkv: Tensor) -> Tensor:
+    if not isinstance(queries, Tensor):
+        raise TypeError(f"queries must be a tensor; got {type(queries).__name__}")
+    if queries.dtype not in INTEGER_DTYPES[1:]:
+        raise TypeError(f"queries must have an integer dtype; got {queries.dtype}")
+    if queries.ndim != 2 or queries.shape[0] != qkv.shape[0]:
+        raise ValueError(f"queries must have shape (B, K) with B = {qkv.shape[0]}; got {tuple(queries.shape)}")
+    if queries.shape[1] > qkv.shape[1]:
+        raise ValueError(f"queries must name at most N = {qkv.shape[1]} tokens; got K = {queries.shape[1]}")
+    return queries.int()

@@ -1,0 +1,211 @@
+"""Operators of linear_masked_loss: schemas, fakes, autograd, cost. The formulas are derived in README.md.
+
+Shapes: features (B, h, w, D); weight (s^2 channels, D), its rows being the outputs; target (B, channels, h s, w s);
+mask (B, h s / patch, w s / patch) bool; tokens (B, K) int32 or None; loss and scale (). The forward keeps the slope of
+the loss at each prediction, (B, K, outputs) or (B, h w, outputs) without tokens, and the factor `scale` of the loss.
+For L1 the slope is a sign and an int8, otherwise it has the dtype of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops.linear_masked_loss import reference
+
+LOSSES = tuple(reference.LOSSES)
+# Tile of the Triton forward: tokens by outputs whose losses are added up before their sums are.
+TILE_TOKENS = 64
+TILE_OUTPUTS = 128
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the loss for features of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def slope_dtype(dtype: torch.dtype, loss: int) -> torch.dtype:
+    """Dtype of the slopes of a loss, by its place in `LOSSES`, for features of `dtype`."""
+    return torch.int8 if LOSSES[loss] == "l1" else dtype
+
+
+def row_count(features: Tensor, tokens: Tensor | None) -> int:
+    """Tokens of the batch that are computed."""
+    batch, height, width, _ = features.shape
+    return batch * (height * width if tokens is None else tokens.shape[1])
+
+
+def chunk_count(features: Tensor, weight: Tensor, tokens: Tensor | None) -> int:
+    """Partial sums of the forward: a float64 and an int64 each."""
+    return -(-row_count(features, tokens) // TILE_TOKENS) * -(-weight.shape[0] // TILE_OUTPUTS)
+
+
+def _reference(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patch_size: int,
+    loss: int,
+    keep_slope: bool,
+) -> tuple[Tensor]:
+    options = {"patch_size": patch_size, "loss": LOSSES[loss], "tokens": tokens, "mean": mean, "std": std}
+    return (reference.linear_masked_loss(features, weight, bias, target, mask, **options),)
+
+
+def _fake(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patch_size: int,
+    loss: int,
+    keep_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, height, width, _ = features.shape
+    slots = height * width if tokens is None else tokens.shape[1]
+    shape = (batch, slots, weight.shape[0]) if keep_slope else (0,)
+    value, scale = (features.new_empty((), dtype=loss_dtype(features.dtype)) for _ in range(2))
+    return value, features.new_empty(shape, dtype=slope_dtype(features.dtype, loss)), scale
+
+
+def _fake_backward(
+    grad_loss: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    channels: int,
+    patch_size: int,
+    loss: int,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (features.shape, weight.shape, weight.shape[:1])
+    return tuple(features.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, weight, _, target, mask, tokens, _, _, patch_size, loss, _ = inputs
+    _, slope, scale = output
+    ctx.mark_non_differentiable(slope, scale)
+    ctx.save_for_backward(features, weight, slope, scale, mask, tokens)
+    ctx.options = (target.shape[1], patch_size, loss)
+    ctx.needs = ctx.needs_input_grad[:3]
+
+
+def _gradients(ctx: Any, backward: Callable, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = backward(grad_loss, *ctx.saved_tensors, *ctx.options, *ctx.needs)
+    wanted = [grad if needed else None for grad, needed in zip(gradients, ctx.needs, strict=True)]
+    return *wanted, *[None] * 8
+
+
+def _product(features: Tensor, weight: Tensor, tokens: Tensor | None) -> int:
+    """FLOPs of one product: tokens by outputs by D."""
+    return 2 * row_count(features, tokens) * weight.numel()
+
+
+def _flops(
+    features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor, tokens: Tensor | None, *others: Any
+) -> int:
+    return _product(features, weight, tokens)
+
+
+def _flops_backward(
+    grad_loss: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    channels: int,
+    patch_size: int,
+    loss: int,
+    needs_features: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> int:
+    return (needs_features + needs_weight) * _product(features, weight, tokens)
+
+
+def _bytes_moved(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patch_size: int,
+    loss: int,
+    keep_slope: bool,
+) -> tuple[int, int]:
+    """The listed tokens and all pixels once; what tiles read again comes from L2. Mask and partial sums: twice."""
+    partial = 16 * chunk_count(features, weight, tokens)
+    rows = row_count(features, tokens)
+    read = rows * features.shape[3] * features.itemsize + weight.nbytes + bias.nbytes + target.nbytes + 2 * mask.nbytes
+    read += sum(t.nbytes for t in (tokens, mean, std) if t is not None) + 8
+    slopes = rows * weight.shape[0] * slope_dtype(features.dtype, loss).itemsize if keep_slope else 0
+    return read + partial, partial + 8 + slopes + 2 * loss_dtype(features.dtype).itemsize
+
+
+def _bytes_moved_backward(
+    grad_loss: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    tokens: Tensor | None,
+    channels: int,
+    patch_size: int,
+    loss: int,
+    needs_features: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[int, int]:
+    """Slopes once per product. Of listed tokens the gradient is written twice: zeros first."""
+    listed = row_count(features, tokens) * features.shape[3] * features.itemsize
+    scalars = grad_loss.nbytes + scale.nbytes + (0 if tokens is None else tokens.nbytes)
+    sums = needs_weight or needs_bias
+    read = needs_features * (slope.nbytes + weight.nbytes + scalars) + sums * (slope.nbytes + scalars)
+    read += needs_weight * listed
+    written = needs_features * (listed + (0 if tokens is None else features.nbytes))
+    written += needs_weight * weight.nbytes + needs_bias * weight.shape[0] * weight.itemsize
+    return read, written
+
+
+_FORWARD = (
+    "(Tensor features, Tensor weight, Tensor bias, Tensor target, Tensor mask, Tensor? tokens, Tensor? mean,"
+    " Tensor? std, int patch_size, int loss, bool keep_slope) -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor grad_loss, Tensor features, Tensor weight, Tensor slope, Tensor scale, Tensor mask, Tensor? tokens,"
+    " int channels, int patch_size, int loss, bool needs_features, bool needs_weight, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+OP = define_op(
+    "linear_masked_loss",
+    reference=_reference,
+    forward=Direction(schema=_FORWARD, fake=_fake, flops=_flops, bytes_moved=_bytes_moved),
+    backward=Direction(schema=_BACKWARD, fake=_fake_backward, flops=_flops_backward, bytes_moved=_bytes_moved_backward),
+    setup_context=_setup_context,
+    gradients=_gradients,
+    backends={"native": None, "triton": "simmim_fast.ops.linear_masked_loss.kernels"},
+)

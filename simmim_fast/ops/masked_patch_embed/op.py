@@ -1,0 +1,311 @@
+"""Operators of masked_patch_embed: schemas, fakes, autograd, cost. The formulas are derived in README.md.
+
+Shapes: B images of P = H / p x W / p patches, D = channels x p x p numbers of a patch, C channels of a token, R rows:
+the patches of an image that may be embedded, K with `visible` and all P without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops.masked_patch_embed import reference
+
+# Sums over tokens go by chunks of 16 positions in 16 images: the chunks are added up first, then their sums.
+CHUNK_IMAGES = 16
+CHUNK_POSITIONS = 16
+# Rows of a chunk of the other sums: the most that leave enough programs to fill a GPU, or else the last.
+CHUNK_ROWS = (2048, 1024, 512, 256)
+ENOUGH_PROGRAMS = 512
+# Tiles of the gradient of the weight.
+WEIGHT_TILE_CHANNELS = 128
+WEIGHT_TILE_NUMBERS = 64
+MAX_NORM_CHANNELS = 1024
+
+
+def size_refusal(backend: str, *, device_type: str, channels: int, norm: bool) -> str | None:
+    """Why a backend does not take tensors of this device or so many channels; None where it does."""
+    if backend == "native" and device_type == "cuda":
+        return "there is no CUDA C++ for this op"
+    if backend == "triton" and norm and channels > MAX_NORM_CHANNELS:
+        return f"it takes a norm over at most {MAX_NORM_CHANNELS} channels; got {channels}"
+    return None
+
+
+def check_listed(mask: Tensor, visible: Tensor | None) -> None:
+    """All patches that are not hidden are listed, and all that are listed are there. Reads data.
+
+    Raises:
+        ValueError: A patch is missing, or out of range.
+    """
+    if visible is None:
+        return
+    listed = mask.flatten(1).clone()
+    if not bool(((visible >= 0) & (visible < listed.shape[1])).all()):
+        raise ValueError(f"visible must hold flat patches from 0 to {listed.shape[1] - 1}; got one out of range")
+    if not bool(listed.scatter_(1, visible.long(), True).all()):
+        raise ValueError("visible must hold every patch that is not hidden; one is missing")
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which sums over tensors of `dtype` accumulate."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def total_rows(mask: Tensor, visible: Tensor | None) -> int:
+    """Rows of all images, B x R."""
+    return mask.numel() if visible is None else visible.numel()
+
+
+def chunk_rows(rows: int, weight: Tensor) -> int:
+    """Rows of a chunk. It depends on sizes alone, so that sums repeat from GPU to GPU."""
+    channels, numbers = weight.shape[0], math.prod(weight.shape[1:])
+    tiles = -(-channels // WEIGHT_TILE_CHANNELS) * -(-numbers // WEIGHT_TILE_NUMBERS)
+    return next((n for n in CHUNK_ROWS if -(-rows // n) * tiles >= ENOUGH_PROGRAMS), CHUNK_ROWS[-1])
+
+
+def workspace_shapes(grad_out: Tensor, weight: Tensor, rows: int, norm: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the backward's workspaces; only what the wanted gradients need is allocated.
+
+    "rows" are the gradients of the projection's results, in the compute dtype, needed with a norm; the others are
+    partial sums in `sum_dtype`, with the axis to sum over first.
+    """
+    images, height, width, channels = grad_out.shape
+    image_chunks, position_chunks = -(-images // CHUNK_IMAGES), -(-height * width // CHUNK_POSITIONS)
+    row_chunks = -(-rows // chunk_rows(rows, weight))
+    return {
+        "rows": (rows if norm else 0, channels),
+        "weight": (row_chunks, channels, math.prod(weight.shape[1:])),
+        "bias": (row_chunks, channels),
+        "norm_weight": (row_chunks, channels),
+        "embedded": (image_chunks * position_chunks, channels),
+        "mask_token": (image_chunks * position_chunks, channels),
+        "pos_embed": (image_chunks, height, width, channels),
+    }
+
+
+def _reference(
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask_token: Tensor,
+    pos_embed: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    has_data = type(mask) is Tensor and not torch.compiler.is_compiling()
+    if has_data and mask.device.type == "cpu":
+        check_listed(mask, visible)
+    parameters = (weight, bias, norm_weight, norm_bias, mask_token, pos_embed)
+    return reference.masked_patch_embed(
+        image, mask, *parameters, eps=eps, mean=mean, std=std, visible=visible
+    ).contiguous()
+
+
+def _fake(
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask_token: Tensor,
+    pos_embed: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return image.new_empty((*mask.shape, weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    *gradient_dtypes: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    return tuple(
+        grad_out.new_empty(0) if dtype is None else grad_out.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(gradient_shapes(grad_out, weight), gradient_dtypes, strict=True)
+    )
+
+
+def gradient_shapes(grad_out: Tensor, weight: Tensor) -> tuple[torch.Size, ...]:
+    """Of weight, bias, norm_weight, norm_bias, mask_token, pos_embed."""
+    return weight.shape, *[grad_out.shape[3:]] * 4, grad_out.shape[1:]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, mask, weight, bias, norm_weight, _, _, _, mean, std, visible, ctx.eps, ctx.compute_dtype, _ = inputs
+    ctx.save_for_backward(image, mask, weight, bias, norm_weight, mean, std, visible)
+    ctx.gradient_dtypes = [inputs[i].dtype if ctx.needs_input_grad[i] else None for i in range(2, 8)]
+
+
+def _gradients(ctx: Any, backward: Callable, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = backward(grad_out, *ctx.saved_tensors, ctx.eps, ctx.compute_dtype, *ctx.gradient_dtypes)
+    wanted = [None if dtype is None else grad for grad, dtype in zip(gradients, ctx.gradient_dtypes, strict=True)]
+    return None, None, *wanted, *[None] * 6
+
+
+def _product(mask: Tensor, weight: Tensor, visible: Tensor | None) -> int:
+    """FLOPs of one product of all rows with the weight. Without `visible`, no less than what the mask leaves."""
+    return 2 * total_rows(mask, visible) * weight.numel()
+
+
+def _flops(image: Tensor, mask: Tensor, weight: Tensor, *others: Any) -> int:
+    return _product(mask, weight, others[7])
+
+
+def _flops_backward(
+    grad_out: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    *gradient_dtypes: torch.dtype | None,
+) -> int:
+    """The projection again where there is a norm, and the product that yields the weight's gradient."""
+    again = norm_weight is not None and any(gradient_dtypes[:3])
+    return (again + (gradient_dtypes[0] is not None)) * _product(mask, weight, visible)
+
+
+def _bytes_moved(image: Tensor, mask: Tensor, weight: Tensor, *others: Any) -> tuple[int, int]:
+    """All of the image counts as read, once, though only the visible patches are.
+
+    With `visible`, all that is not hidden is written twice: first as NaN.
+    """
+    out_dtype, visible = others[-1], others[7]
+    out = mask.numel() * weight.shape[0] * out_dtype.itemsize
+    rewritten = 0 if visible is None else visible.numel() * weight.shape[0] * out_dtype.itemsize
+    read = sum(tensor.nbytes for tensor in (image, mask, weight, *others) if isinstance(tensor, Tensor))
+    return read + mask.nbytes, out + rewritten
+
+
+def _bytes_moved_backward(
+    grad_out: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    *gradient_dtypes: torch.dtype | None,
+) -> tuple[int, int]:
+    """Gradient and image once for each kernel that reads them; workspaces are written and read once."""
+    norm, rows = norm_weight is not None, total_rows(mask, visible)
+    shapes = workspace_shapes(grad_out, weight, rows, norm)
+    wanted = wanted_workspaces(norm, gradient_dtypes)
+    workspace = sum(
+        math.prod(shapes[name]) * (compute_dtype if name == "rows" else sum_dtype(grad_out.dtype)).itemsize
+        for name in wanted
+    )
+    row_gradients = rows * grad_out.shape[3] * grad_out.itemsize
+    of_tokens, of_rows, of_weight = (needed(wanted) for needed in (sums_tokens, differentiates_norm, sums_weight))
+    read = of_tokens * (grad_out.nbytes + mask.nbytes)
+    read += of_rows * (row_gradients + image.nbytes + weight.nbytes) + of_weight * image.nbytes
+    read += 0 if norm or not of_weight else row_gradients
+    read += sum(tensor.nbytes for tensor in (bias, norm_weight, mean, std, visible) if tensor is not None)
+    results = _fake_backward(
+        grad_out.to("meta"),
+        image,
+        mask,
+        weight,
+        bias,
+        norm_weight,
+        mean,
+        std,
+        visible,
+        eps,
+        compute_dtype,
+        *gradient_dtypes,
+    )
+    return read + workspace, workspace + sum(result.nbytes for result in results)
+
+
+def wanted_workspaces(norm: bool, gradient_dtypes: tuple[torch.dtype | None, ...]) -> set[str]:
+    """The workspaces that the wanted gradients need."""
+    weight, bias, norm_weight, norm_bias, mask_token, pos_embed = (dtype is not None for dtype in gradient_dtypes)
+    needed = {
+        "rows": norm and weight,
+        "weight": weight,
+        "bias": norm and bias,
+        "norm_weight": norm_weight,
+        "embedded": norm_bias if norm else bias,
+        "mask_token": mask_token,
+        "pos_embed": pos_embed,
+    }
+    return {name for name, need in needed.items() if need}
+
+
+def sums_tokens(wanted: set[str]) -> bool:
+    """Whether the kernel that adds up gradients of the output runs."""
+    return not wanted.isdisjoint(("embedded", "mask_token", "pos_embed"))
+
+
+def differentiates_norm(wanted: set[str]) -> bool:
+    """Whether the kernel that takes the gradient through the norm runs."""
+    return not wanted.isdisjoint(("rows", "bias", "norm_weight"))
+
+
+def sums_weight(wanted: set[str]) -> bool:
+    """Whether the kernel that yields the weight's gradient runs."""
+    return "weight" in wanted
+
+
+OP = define_op(
+    "masked_patch_embed",
+    reference=_reference,
+    forward=Direction(
+        schema="(Tensor image, Tensor mask, Tensor weight, Tensor bias, Tensor? norm_weight, Tensor? norm_bias,"
+        " Tensor mask_token, Tensor? pos_embed, Tensor? mean, Tensor? std, Tensor? visible, float eps,"
+        " ScalarType compute_dtype, ScalarType out_dtype) -> Tensor",
+        fake=_fake,
+        flops=_flops,
+        bytes_moved=_bytes_moved,
+    ),
+    backward=Direction(
+        schema="(Tensor grad_out, Tensor image, Tensor mask, Tensor weight, Tensor bias, Tensor? norm_weight,"
+        " Tensor? mean, Tensor? std, Tensor? visible, float eps, ScalarType compute_dtype, ScalarType? weight_dtype,"
+        " ScalarType? bias_dtype, ScalarType? norm_weight_dtype, ScalarType? norm_bias_dtype, ScalarType? token_dtype,"
+        " ScalarType? pos_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fake=_fake_backward,
+        flops=_flops_backward,
+        bytes_moved=_bytes_moved_backward,
+    ),
+    setup_context=_setup_context,
+    gradients=_gradients,
+    backends={"native": None, "triton": "simmim_fast.ops.masked_patch_embed.kernels"},
+)

@@ -1,0 +1,489 @@
+"""biased_attention on every backend that it has."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim_fast._backends import FLOAT_DTYPES
+from simmim_fast.ops import bytes_moved, register_flop_formulas
+from simmim_fast.ops.biased_attention import biased_attention
+from simmim_fast.ops.biased_attention.op import CHUNK_IMAGES, size_refusal
+from simmim_fast.ops.biased_attention.reference import biased_attention as reference
+from simmim_fast.testing import (
+    Guards,
+    assert_equal,
+    assert_ignores_threads,
+    assert_matches,
+    assert_repeats,
+    permuted,
+    random_gradient,
+    run,
+)
+from simmim_fast.testing import biased_attention_inputs as make_inputs
+from tests.ops import offline, targets
+from tests.ops.targets import FUZZ, Target
+
+# There is no CUDA C++ for this op.
+NATIVE, TRITON, TRITON_ON_GPU = (
+    [param for param in targets.OPERATORS if param.id == name]
+    for name in ("native", "triton-interpreted", "triton-gpu")
+)
+OPERATORS = NATIVE + TRITON + TRITON_ON_GPU
+on_operators = pytest.mark.parametrize("target", OPERATORS, indirect=True)
+on_every_backend = pytest.mark.parametrize("target", [targets.TARGETS[0], *OPERATORS], indirect=True)
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SMALL = (2, 7, 2, 12)  # B, N, heads, D
+SUBSET = 4
+
+# Each shape stresses what its id says.
+SHAPES = [
+    pytest.param((2, 7, 2, 12), id="less-than-a-tile"),
+    pytest.param((1, 64, 1, 16), id="exact-tiles"),
+    pytest.param((2, 65, 1, 24), id="class-token"),
+    pytest.param((CHUNK_IMAGES + 1, 2, 1, 8), id="several-chunks"),
+    pytest.param((1, 33, 1, 96), id="wide-head"),
+    pytest.param((1, 1, 1, 1), id="single-token"),
+    pytest.param((0, 7, 2, 12), id="empty-batch"),
+    pytest.param((2, 0, 2, 12), id="no-tokens"),
+]
+DTYPES = [
+    pytest.param((FP64, FP64), id="fp64"),
+    pytest.param((FP32, FP32), id="fp32"),
+    pytest.param((BF16, BF16), id="bf16"),
+    pytest.param((FP16, FP16), id="fp16"),
+    pytest.param((BF16, FP32), id="bf16-beside-fp32"),
+    pytest.param((FP16, FP32), id="fp16-beside-fp32"),
+    pytest.param((FP32, BF16), id="fp32-beside-bf16"),
+]
+VARIANTS = [
+    pytest.param({}, id="all-rows"),
+    pytest.param({"queries": SUBSET}, id="queries"),
+    pytest.param({"bias": False}, id="no-bias"),
+    pytest.param({"bias": False, "queries": SUBSET}, id="queries-no-bias"),
+]
+
+
+def on(target: Target) -> Any:
+    """The public function, bound to a backend."""
+    return partial(biased_attention, backend=target.backend)
+
+
+def operators(target: Target) -> tuple[Any, Any]:
+    name = f"biased_attention_{target.backend}"
+    return getattr(torch.ops.simmim_fast, name), getattr(torch.ops.simmim_fast, f"{name}_backward")
+
+
+def forward_and_backward(target: Target, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return run(on(target), inputs, random_gradient(reference, inputs))
+
+
+def operator_arguments(
+    shape: tuple, dtype: torch.dtype, bias_dtype: torch.dtype, device: str, **variant: Any
+) -> tuple[tuple, tuple]:
+    """Arguments of the forward and of the backward operator, with what the forward gives left uncomputed."""
+    inputs = make_inputs(shape, dtype, bias_dtype, device=device, **variant)
+    images, tokens, heads, head_size = shape
+    qkv, bias, queries = inputs["qkv"], inputs["bias"], inputs.get("queries")
+    rows = tokens if queries is None else queries.shape[1]
+    out = torch.ones(images, rows, heads * head_size, dtype=dtype, device=device)
+    lse = torch.ones(images, heads, rows, dtype=torch.promote_types(dtype, FP32), device=device)
+    constants = (heads, head_size**-0.5)
+    return (qkv, bias, queries, *constants), (out, qkv, bias, queries, out, lse, *constants, True)
+
+
+@on_every_backend
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(target: Target, shape: tuple, variant: dict) -> None:
+    variant = variant | {"queries": min(SUBSET, shape[1])} if "queries" in variant else variant
+    assert_matches(on(target), reference, make_inputs(shape, device=target.device, **variant))
+
+
+@on_every_backend
+@pytest.mark.parametrize("queries", [None, SUBSET], ids=["all-rows", "queries"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_matches_float64_in_every_dtype(target: Target, dtypes: tuple, queries: int | None) -> None:
+    assert_matches(on(target), reference, make_inputs((2, 35, 2, 24), *dtypes, queries=queries, device=target.device))
+
+
+@pytest.mark.parametrize("tokens", [197, 577])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("target", NATIVE + TRITON_ON_GPU, indirect=True)
+def test_matches_float64_at_many_tokens(target: Target, dtype: torch.dtype, tokens: int) -> None:
+    assert_matches(on(target), reference, make_inputs((1, tokens, 2, 64), dtype, FP32, device=target.device))
+
+
+@on_every_backend
+@FUZZ
+@given(
+    images=st.integers(0, 3),
+    tokens=st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65]),
+    heads=st.integers(1, 3),
+    head_size=st.sampled_from([1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 96]),
+    share=st.sampled_from([0.0, 0.5, 1.0, None]),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    bias=st.booleans(),
+    scale=st.sampled_from([None, 0.0, -0.3]),
+    seed=st.integers(0, 100),
+)
+def test_matches_float64_at_boundary_shapes(
+    target: Target,
+    images: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    share: float | None,
+    dtype: torch.dtype,
+    bias: bool,
+    scale: float | None,
+    seed: int,
+) -> None:
+    queries = None if share is None else int(share * tokens)
+    shape = (images, tokens, heads, head_size)
+    inputs = make_inputs(shape, dtype, bias=bias, queries=queries, device=target.device, seed=seed)
+    assert_matches(on(target), reference, inputs | {"scale": scale})
+
+
+@on_every_backend
+def test_masks_by_an_infinite_bias(target: Target) -> None:
+    inputs = make_inputs((2, 65, 2, 12), device=target.device)
+    inputs["bias"][:, :, :40] = float("-inf")
+    results = forward_and_backward(target, inputs)
+    rest = inputs | {"qkv": inputs["qkv"][:, 40:], "bias": inputs["bias"][:, 40:, 40:]}
+    torch.testing.assert_close(results["out"][:, 40:], reference(**rest))
+    assert all(result.isfinite().all() for result in results.values())
+    assert bool((results["grad_bias"][:, :, :40] == 0).all())
+
+
+@on_every_backend
+def test_keeps_large_logits_finite(target: Target) -> None:
+    inputs = make_inputs((2, 33, 2, 12), device=target.device)
+    inputs["qkv"] *= 100
+    results = forward_and_backward(target, inputs)
+    torch.testing.assert_close(results["out"], reference(**inputs))
+    assert all(result.isfinite().all() for result in results.values())
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, dtype, queries=SUBSET, device=target.device)
+    inputs |= {name: permuted(inputs[name]) for name in ("qkv", "bias", "queries")}
+    assert_matches(on(target), reference, inputs)
+    if target.backend != "reference":
+        assert all(result.is_contiguous() for result in forward_and_backward(target, inputs).values())
+
+
+@on_operators
+def test_takes_an_expanded_gradient(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    expanded = torch.ones(1, device=target.device).expand(2, 7, 24)
+    actual, expected = (run(on(target), inputs, grad) for grad in (expanded, expanded.contiguous()))
+    for name, result in actual.items():
+        assert_equal(result, expected[name], name)
+
+
+@on_every_backend
+@pytest.mark.parametrize("wanted", ["qkv", "bias"])
+def test_gives_one_gradient_alone(target: Target, wanted: str) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    every = forward_and_backward(target, inputs)
+    leaf = inputs[wanted].requires_grad_()
+    (gradient,) = torch.autograd.grad(on(target)(**inputs), leaf, random_gradient(reference, inputs))
+    assert_equal(gradient, every[f"grad_{wanted}"], wanted)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64], ids=str)
+def test_takes_any_integer_queries(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, queries=SUBSET, device=target.device)
+    expected = on(target)(**inputs)
+    assert_equal(on(target)(**inputs | {"queries": inputs["queries"].to(dtype)}), expected, "out")
+
+
+@pytest.mark.parametrize("token", [-1, 7])
+@pytest.mark.parametrize("target", NATIVE, indirect=True)
+def test_refuses_tokens_that_do_not_exist(target: Target, token: int) -> None:
+    inputs = make_inputs(SMALL, queries=SUBSET, device=target.device)
+    inputs["queries"][1, 2] = token
+    with pytest.raises(RuntimeError, match=str(token)):
+        on(target)(**inputs)
+
+
+@pytest.mark.parametrize("token", [-1, 7, 2**31 - 1])
+@pytest.mark.parametrize("target", TRITON + TRITON_ON_GPU, indirect=True)
+def test_answers_tokens_that_do_not_exist_by_nan(target: Target, token: int) -> None:
+    inputs = make_inputs(SMALL, queries=SUBSET, device=target.device)
+    grad_out = random_gradient(reference, inputs)
+    inputs["queries"][1, 2] = token
+    with Guards() as guards:
+        results = run(on(target), {name: guards.place(value) for name, value in inputs.items()}, grad_out)
+    guards.check()
+    assert bool(results["out"][1, 2].isnan().all())
+    grad_out[1, 2] = 0
+    inputs["queries"][1, 2] = next(token for token in range(SMALL[1]) if token not in inputs["queries"][1])
+    expected = run(reference, inputs, grad_out)
+    for name in ("grad_qkv", "grad_bias"):
+        torch.testing.assert_close(results[name], expected[name])
+
+
+@on_every_backend
+@pytest.mark.parametrize("queries", [None, 2], ids=["all-rows", "queries"])
+def test_gradcheck(target: Target, queries: int | None) -> None:
+    inputs = make_inputs((2, 3, 1, 2), FP64, queries=queries, device=target.device)
+    leaves = [inputs.pop(name).requires_grad_() for name in ("qkv", "bias")]
+    assert torch.autograd.gradcheck(lambda qkv, bias: on(target)(qkv, bias, **inputs), leaves)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@on_operators
+def test_opcheck(target: Target, dtype: torch.dtype) -> None:
+    forward, backward = operators(target)
+    for variant in ({}, {"bias": False, "queries": 2}):
+        arguments, backward_arguments = operator_arguments((2, 3, 2, 4), dtype, dtype, target.device, **variant)
+        torch.library.opcheck(backward, backward_arguments)
+        torch.library.opcheck(forward, (permuted(arguments[0]), *arguments[1:]))
+        leaves = [
+            arg.requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in arguments
+        ]
+        torch.library.opcheck(forward, tuple(leaves))
+
+
+@on_operators
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(engine)
+    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
+    for images in (2, 3, 5):
+        inputs = make_inputs((images, 5, 2, 8), BF16, FP32, queries=3, device=target.device)
+        grad_out = random_gradient(reference, inputs)
+        actual, expected = run(compiled, inputs, grad_out), run(on(target), inputs, grad_out)
+        for name, result in actual.items():
+            assert_equal(result, expected[name], name)
+    assert counter.frame_count <= 2, "recompiled for the third batch size"
+
+
+class Module(torch.nn.Module):
+    """Calls the public function on a backend."""
+
+    def __init__(self, backend: str, num_heads: int) -> None:
+        super().__init__()
+        self.backend, self.num_heads = backend, num_heads
+
+    def forward(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        return biased_attention(qkv, bias, self.num_heads, backend=self.backend)
+
+
+@on_operators
+def test_exports(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    arguments = (inputs["qkv"], inputs["bias"])
+    module = Module(target.backend, inputs["num_heads"])
+    program = torch.export.export(module, arguments, dynamic_shapes=({0: torch.export.Dim("batch")}, None))
+    assert_equal(program.module()(*arguments), module(*arguments), "out")
+
+
+@on_operators
+def test_repeats_under_activation_checkpointing(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+
+    def checkpointed(**inputs: Any) -> Tensor:
+        return checkpoint(on(target), **inputs, use_reentrant=False)
+
+    grad_out = random_gradient(reference, inputs)
+    expected = run(on(target), inputs, grad_out)
+    for name, result in run(checkpointed, inputs, grad_out).items():
+        assert_equal(result, expected[name], name)
+
+
+@on_every_backend
+def test_repeats_bit_for_bit(target: Target) -> None:
+    inputs = make_inputs((2, 33, 1, 8), BF16, FP32, device=target.device)
+    assert_repeats(partial(forward_and_backward, target, inputs), times=4 if target.emulated else 50)
+
+
+@pytest.mark.parametrize("target", NATIVE, indirect=True)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_ignores_the_number_of_threads(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs((3, 33, 5, 8), dtype, FP32, device=target.device)
+    assert_ignores_threads(partial(forward_and_backward, target, inputs))
+
+
+@on_operators
+def test_autocast_changes_nothing(target: Target) -> None:
+    inputs = make_inputs(SMALL, FP32, device=target.device)
+    expected = forward_and_backward(target, inputs)
+    with torch.autocast(target.device, BF16):
+        actual = run(on(target), inputs, random_gradient(on(target), inputs))
+    for name, result in actual.items():
+        assert_equal(result, expected[name], name)
+
+
+@on_operators
+def test_refuses_a_second_derivative(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    qkv = inputs["qkv"].requires_grad_()
+    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", TRITON_ON_GPU, indirect=True)
+def test_more_than_int32_elements(target: Target) -> None:
+    images, tokens, heads, head_size = 4736, 197, 12, 64
+    last = make_inputs((1, tokens, heads, head_size), BF16, FP32, device="cuda")
+    qkv = torch.zeros(images, tokens, 3 * heads * head_size, dtype=BF16, device="cuda")
+    qkv[-1] = last["qkv"][0]
+    assert qkv.numel() > 2**31
+    assert_equal(on(target)(**last | {"qkv": qkv})[-1:], on(target)(**last), "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", TRITON_ON_GPU, indirect=True)
+def test_cuda_graph_replays(target: Target) -> None:
+    inputs = make_inputs(SMALL, queries=SUBSET, device="cuda")
+    on(target)(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = on(target)(**inputs)
+    inputs["qkv"].add_(1)
+    graph.replay()
+    assert_equal(out, on(target)(**inputs), "out")
+
+
+@on_every_backend
+def test_reads_no_data(target: Target) -> None:
+    with FakeTensorMode() as mode:
+        inputs = make_inputs(SMALL, BF16, queries=SUBSET, device=target.device)
+        fakes = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
+        results = forward_and_backward(target, fakes)
+    assert results["out"].shape == (2, SUBSET, 24)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": "no tensor"}, TypeError, "qkv must be a tensor; got str"),
+        ({"qkv": torch.ones(2, 7, 72).int()}, TypeError, "qkv must be float64, .* got torch.int32"),
+        ({"qkv": torch.ones(2, 7, 3, 24)}, ValueError, r"qkv must have 3 dimensions .* got shape \(2, 7, 3, 24\)"),
+        ({"num_heads": 0}, ValueError, "3 x num_heads x head size channels; got 72 for 0 heads"),
+        ({"num_heads": 5}, ValueError, "3 x num_heads x head size channels; got 72 for 5 heads"),
+        ({"bias": torch.ones(2, 7, 7).int()}, TypeError, "bias must be float64"),
+        ({"bias": torch.ones(1, 7, 7)}, ValueError, r"bias must have shape \(heads, N, N\) = \(2, 7, 7\)"),
+        ({"bias": torch.ones(2, 7, 7, device="meta")}, ValueError, "bias must be on the device of qkv, cpu; got meta"),
+        ({"queries": [0, 1]}, TypeError, "queries must be a tensor; got list"),
+        ({"queries": torch.ones(2, 3)}, TypeError, "queries must have an integer dtype; got torch.float32"),
+        ({"queries": torch.ones(3, 4).int()}, ValueError, r"queries must have shape \(B, K\) with B = 2; got \(3, 4\)"),
+        ({"queries": torch.ones(2, 8).int()}, ValueError, "queries must name at most N = 7 tokens; got K = 8"),
+        ({"backend": "tritn"}, ValueError, "got 'tritn' .did you mean 'triton'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        biased_attention(**make_inputs(SMALL) | change)
+
+
+def test_says_what_its_backends_do_not_take() -> None:
+    assert size_refusal("native", "cuda", 64) == "there is no CUDA C++ for this op"
+    assert size_refusal("native", "cpu", 1000) is None
+    assert size_refusal("triton", "cuda", 128) is None
+    assert size_refusal("triton", "cuda", 129) == "it takes heads of at most 128 channels; got 129"
+
+
+@pytest.mark.parametrize("queries", [None, 120], ids=["all-rows", "queries"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_flop_formulas(backend: str, queries: int | None) -> None:
+    forward, backward = operators(Target(backend))
+    arguments, backward_arguments = operator_arguments((2, 197, 12, 64), BF16, FP32, "meta", queries=queries)
+    product = 2 * 2 * 12 * 64 * 197 * (queries or 197)
+    register_flop_formulas()
+    for operator, args, products in ((forward, arguments, 2), (backward, backward_arguments, 5)):
+        with FlopCounterMode(display=False) as counter:
+            operator(*args)
+        assert counter.get_total_flops() == products * product
+
+
+class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Adds up the bytes of what is allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if re.search("empty", str(func)):
+            self.nbytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("queries", [None, 5], ids=["all-rows", "queries"])
+def test_bytes_formulas(queries: int | None) -> None:
+    """At a size of one tile everything is read once, and once more by each further kernel of the backward."""
+    from simmim_fast.ops.biased_attention import kernels
+
+    forward, backward = operators(Target("triton"))
+    shape = (CHUNK_IMAGES + 1, 32, 2, 8)
+    arguments, backward_arguments = operator_arguments(shape, BF16, FP32, "meta", queries=queries)
+    qkv, bias, tokens = arguments[:3]
+    out, lse = forward(*arguments)
+    index = 0 if tokens is None else tokens.nbytes
+    rows_of_bias = shape[0] * bias.nbytes * out.shape[1] // 32
+    third = qkv.nbytes // 3
+    assert bytes_moved(forward, *arguments) == (out.nbytes + 2 * third + rows_of_bias + index, out.nbytes + lse.nbytes)
+
+    with Allocations() as allocations:
+        offline.launches(kernels.backward, *backward_arguments)
+    partials, positions = 2 * bias.nbytes, 0 if tokens is None else 4 * shape[0] * 33
+    assert allocations.nbytes == qkv.nbytes + lse.nbytes + partials + positions
+    read, written = bytes_moved(backward, *backward_arguments)
+    assert written == allocations.nbytes + bias.nbytes + (0 if tokens is None else third + positions)
+    by_rows = 3 * (2 * out.nbytes + 2 * third) + 5 * lse.nbytes + out.nbytes  # out alone where delta is made of it
+    assert read == by_rows + 2 * (rows_of_bias + bias.nbytes) + partials + positions + 3 * index
+
+
+COMPILED = [
+    pytest.param((64, 197, 12, head_size), dtype, capability, id=f"head-size-{head_size}-{dtype}-{capability}")
+    for head_size, dtype, capability in [
+        *((64, dtype, capability) for dtype in (BF16, FP32) for capability in offline.CAPABILITIES),
+        (8, BF16, 90),
+        (8, FP32, 80),
+    ]
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "capability"), COMPILED)
+def test_triton_kernels_compile(shape: tuple, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    from simmim_fast.ops.biased_attention import kernels
+
+    arguments, backward_arguments = operator_arguments(shape, dtype, FP32, "meta")
+    launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
+    for launch, dots in zip(launches, (2, 3, 4, 2), strict=True):
+        compiled = offline.compile_launch(launch, capability, tmp_path)
+        offline.assert_frugal(compiled, capability)
+        tensor_core = compiled.count(r"HG?MMA\.\S*BF16") + compiled.count("UTCHMMA")
+        assert tensor_core >= (dots if dtype == BF16 else 0)
+        assert compiled.count(r"\S*MMA\S*TF32") == 0
+        if shape[3] == 64:  # with 8 channels a thread has less than 16 bytes to load
+            wide = compiled.wide_bytes("LDG") + compiled.wide_bytes("LDGSTS")
+            tiles = launch.arguments["TILE_R"] + 2 * launch.arguments["TILE_K"]  # at least q, k and v
+            assert wide >= tiles * 64 * dtype.itemsize / launch.threads

@@ -1,0 +1,478 @@
+"""linear_masked_loss on every backend that it has."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim_fast._backends import FLOAT_DTYPES
+from simmim_fast.ops import bytes_moved, register_flop_formulas
+from simmim_fast.ops.linear_masked_loss import linear_masked_loss
+from simmim_fast.ops.linear_masked_loss.op import LOSSES, slope_dtype
+from simmim_fast.ops.linear_masked_loss.reference import linear_masked_loss as reference
+from simmim_fast.testing import (
+    Guards,
+    assert_equal,
+    assert_ignores_threads,
+    assert_matches,
+    assert_repeats,
+    permuted,
+    random_gradient,
+    run,
+)
+from simmim_fast.testing import linear_masked_loss_inputs as make_inputs
+from tests.ops import offline, targets
+from tests.ops.targets import FUZZ, Target
+
+BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
+WANTED = ("features", "weight", "bias")
+SMALL = (2, 3, 2, 20, 4, 3)  # B, h, w, D, stride, channels
+
+# There is no CUDA C++ for this op.
+OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
+TARGETS = [param for param in targets.TARGETS if param.id == "reference" or param in OPERATORS]
+on_every_backend = pytest.mark.parametrize("target", TARGETS, indirect=True)
+on_operators = pytest.mark.parametrize("target", OPERATORS, indirect=True)
+on_gpu = pytest.mark.parametrize("target", [param for param in OPERATORS if param.id == "triton-gpu"], indirect=True)
+
+# Shape and patch; each stresses what its id says.
+SHAPES = [
+    pytest.param((2, 3, 2, 20, 4, 3), 2, id="mask-finer-than-stride"),
+    pytest.param((2, 4, 2, 20, 4, 3), 8, id="mask-coarser-than-stride"),
+    pytest.param((1, 3, 3, 16, 4, 1), 6, id="mask-across-tokens"),
+    pytest.param((2, 6, 6, 64, 8, 3), 8, id="several-tiles"),
+    pytest.param((3, 5, 5, 33, 5, 2), 5, id="odd-sizes"),
+    pytest.param((1, 1, 1, 1, 1, 1), 1, id="single-pixel"),
+    pytest.param((0, 3, 2, 20, 4, 3), 2, id="empty-batch"),
+    pytest.param((2, 0, 2, 20, 4, 3), 2, id="empty-grid"),
+]
+DTYPES = [
+    pytest.param((FP64, FP64), id="fp64"),
+    pytest.param((FP32, FP32), id="fp32"),
+    pytest.param((BF16, BF16), id="bf16"),
+    pytest.param((FP16, FP16), id="fp16"),
+    pytest.param((BF16, FP32), id="bf16-beside-fp32"),
+    pytest.param((FP32, BF16), id="fp32-beside-bf16"),
+    pytest.param((FP64, UINT8), id="fp64-beside-uint8"),
+    pytest.param((FP32, UINT8), id="fp32-beside-uint8"),
+    pytest.param((BF16, UINT8), id="bf16-beside-uint8"),
+]
+
+
+def on(target: Target) -> Any:
+    """The public function, bound to a backend."""
+    return partial(linear_masked_loss, backend=target.backend)
+
+
+def operators(target: Target) -> tuple[Any, Any]:
+    name = f"linear_masked_loss_{target.backend}"
+    return getattr(torch.ops.simmim_fast, name), getattr(torch.ops.simmim_fast, f"{name}_backward")
+
+
+def forward_and_backward(target: Target, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return run(on(target), inputs, random_gradient(reference, inputs), WANTED)
+
+
+def operator_arguments(inputs: dict[str, Any], keep_slope: bool = True) -> tuple:
+    names = ("features", "weight", "bias", "target", "mask", "tokens", "mean", "std", "patch_size")
+    return (*(inputs.get(name) for name in names), LOSSES.index(inputs["loss"]), keep_slope)
+
+
+def backward_arguments(inputs: dict[str, Any], loss: Tensor, slope: Tensor, scale: Tensor) -> tuple:
+    features, weight, mask, tokens = (inputs.get(name) for name in ("features", "weight", "mask", "tokens"))
+    options = (inputs["target"].shape[1], inputs["patch_size"], LOSSES.index(inputs["loss"]))
+    return (loss, features, weight, slope, scale, mask, tokens, *options)
+
+
+@on_every_backend
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("shape", "patch"), SHAPES)
+def test_matches_float64(target: Target, shape: tuple, patch: int, loss: str) -> None:
+    assert_matches(on(target), reference, make_inputs(shape, patch, loss=loss, device=target.device), wanted=WANTED)
+
+
+@on_every_backend
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tokens", [False, True], ids=["all-tokens", "tokens"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_matches_float64_in_every_dtype(target: Target, dtypes: tuple, tokens: bool, loss: str) -> None:
+    inputs = make_inputs((2, 3, 4, 36, 4, 3), 2, *dtypes, tokens=tokens, loss=loss, device=target.device)
+    assert_matches(on(target), reference, inputs, wanted=WANTED)
+
+
+@on_every_backend
+@FUZZ
+@given(
+    images=st.integers(0, 3),
+    height=st.integers(1, 2),
+    width=st.integers(1, 4),
+    depth=st.sampled_from([1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65]),
+    stride=st.integers(1, 5),
+    channels=st.integers(1, 3),
+    patch=st.sampled_from(["pixel", "stride", "row"]),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    tokens=st.booleans(),
+    hidden=st.sampled_from([0.0, 0.6, 1.0]),
+    loss=st.sampled_from(LOSSES),
+    seed=st.integers(0, 100),
+)
+def test_matches_float64_at_boundary_shapes(
+    target: Target,
+    images: int,
+    height: int,
+    width: int,
+    depth: int,
+    stride: int,
+    channels: int,
+    patch: str,
+    dtype: torch.dtype,
+    tokens: bool,
+    hidden: float,
+    loss: str,
+    seed: int,
+) -> None:
+    side = {"pixel": 1, "stride": stride, "row": stride if tokens else stride * width}[patch]
+    shape = (images, height * width if patch == "row" else height, width, depth, stride, channels)
+    options = {"tokens": tokens, "hidden": hidden, "loss": loss, "device": target.device, "seed": seed}
+    assert_matches(on(target), reference, make_inputs(shape, side, dtype, **options), wanted=WANTED)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("target", OPERATORS[:1], indirect=True)
+def test_matches_float64_at_many_tokens(target: Target, dtype: torch.dtype) -> None:
+    """More tokens, outputs and channels than are packed at a time."""
+    inputs = make_inputs((3, 20, 20, 70, 14, 6), 2, dtype, hidden=0.9, device=target.device)
+    assert_matches(on(target), reference, inputs, wanted=WANTED)
+
+
+@on_every_backend
+def test_listing_the_tokens_changes_nothing(target: Target) -> None:
+    inputs = make_inputs((2, 3, 4, 36, 4, 3), 2, tokens=True, device=target.device)
+    listed = forward_and_backward(target, inputs)
+    for name, result in forward_and_backward(target, inputs | {"tokens": None}).items():
+        torch.testing.assert_close(result, listed[name])
+
+
+@on_every_backend
+def test_equals_prediction_and_masked_loss(target: Target) -> None:
+    from simmim_fast.ops.linear_masked_loss.reference import predict_pixels
+    from simmim_fast.ops.masked_l1_loss.reference import masked_l1_loss
+
+    inputs = make_inputs(SMALL, 2, FP64, device=target.device)
+    prediction = predict_pixels(inputs["features"], inputs["weight"], inputs["bias"], 3)
+    expected = masked_l1_loss(prediction, inputs["target"], inputs["mask"], 2)
+    torch.testing.assert_close(on(target)(**inputs), expected, rtol=1e-12, atol=0)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, 2, dtype, tokens=True, device=target.device)
+    inputs |= {name: permuted(inputs[name]) for name in ("features", "weight", "target", "mask", "tokens")}
+    assert_matches(on(target), reference, inputs, wanted=WANTED)
+
+
+@on_every_backend
+def test_drops_what_is_visible(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, device=target.device)
+    expected = forward_and_backward(target, inputs)
+    visible = ~inputs["mask"].repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].expand(inputs["target"].shape)
+    inputs["target"][visible] = float("nan")
+    for name, result in forward_and_backward(target, inputs).items():
+        assert_equal(result, expected[name], name)
+
+
+@on_every_backend
+@pytest.mark.parametrize("tokens", [False, True], ids=["all-tokens", "tokens"])
+def test_is_zero_where_nothing_is_masked(target: Target, tokens: bool) -> None:
+    results = forward_and_backward(target, make_inputs(SMALL, 2, hidden=0.0, tokens=tokens, device=target.device))
+    assert all(bool((result == 0).all()) for result in results.values())
+
+
+@on_every_backend
+@pytest.mark.parametrize("wanted", WANTED)
+def test_gives_one_gradient_alone(target: Target, wanted: str) -> None:
+    inputs = make_inputs(SMALL, 2, device=target.device)
+    every = forward_and_backward(target, inputs)
+    leaf = inputs[wanted].requires_grad_()
+    (gradient,) = torch.autograd.grad(on(target)(**inputs), leaf, random_gradient(reference, inputs))
+    assert_equal(gradient, every[f"grad_{wanted}"], wanted)
+
+
+WRONG_TOKENS = {
+    "missing": lambda tokens: tokens[:, 1:],
+    "repeated": lambda tokens: torch.cat([tokens[:, :1], tokens[:, :1], tokens[:, 2:]], 1),
+    "descending": lambda tokens: tokens.flip(1),
+    "negative": lambda tokens: torch.cat([tokens[:, :1] * 0 - 1, tokens[:, 1:]], 1),
+    "off-the-grid": lambda tokens: torch.cat([tokens[:, :-1], tokens[:, -1:] * 0 + 6], 1),
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("wrong", WRONG_TOKENS)
+def test_refuses_wrong_tokens(target: Target, wrong: str) -> None:
+    """An error on the CPU, which reads them anyway; NaN and nothing out of bounds on CUDA."""
+    inputs = make_inputs(SMALL, 2, tokens=True, device=target.device)
+    inputs["tokens"] = WRONG_TOKENS[wrong](inputs["tokens"])
+    if target.device == "cpu":
+        with pytest.raises(ValueError, match="tokens must list, in ascending order, every token with a masked pixel"):
+            on(target)(**inputs)
+    else:
+        assert on(target)(**inputs).isnan()
+
+
+@pytest.mark.parametrize("wrong", WRONG_TOKENS)
+@pytest.mark.parametrize("target", OPERATORS[1:2], indirect=True)
+def test_triton_answers_wrong_tokens_by_nan(target: Target, wrong: str) -> None:
+    inputs = make_inputs(SMALL, 2, tokens=True, device=target.device)
+    inputs["tokens"] = WRONG_TOKENS[wrong](inputs["tokens"]).contiguous()
+    forward, backward = operators(target)
+    with Guards() as guards:
+        placed = {name: guards.place(value) for name, value in inputs.items()}
+        loss, slope, scale = forward(*operator_arguments(placed))
+        gradients = backward(*backward_arguments(placed, loss, slope, scale), True, True, True)
+    guards.check()
+    assert loss.isnan()
+    assert all(bool(gradient.isnan().any()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("target", OPERATORS[:1], indirect=True)
+def test_native_operator_refuses_wrong_tokens(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, tokens=True)
+    inputs["tokens"] = inputs["tokens"][:, 1:]
+    with pytest.raises(RuntimeError, match="masked pixels lie elsewhere"):
+        operators(target)[0](*operator_arguments(inputs))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64], ids=str)
+def test_takes_any_integer_tokens(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, 2, tokens=True, device=target.device)
+    expected = on(target)(**inputs)
+    assert_equal(on(target)(**inputs | {"tokens": inputs["tokens"].to(dtype)}), expected, "out")
+
+
+@on_every_backend
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tokens", [False, True], ids=["all-tokens", "tokens"])
+def test_gradcheck(target: Target, tokens: bool, loss: str) -> None:
+    inputs = make_inputs((1, 2, 2, 2, 2, 1), 2, FP64, tokens=tokens, loss=loss, device=target.device)
+    leaves = [inputs.pop(name).requires_grad_() for name in WANTED]
+    assert torch.autograd.gradcheck(lambda *leaves: on(target)(*leaves, **inputs), leaves)
+
+
+@on_operators
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_opcheck(target: Target, dtype: torch.dtype) -> None:
+    forward, backward = operators(target)
+    for options in ({"loss": "l1"}, {"loss": "l2", "tokens": True}, {"target_dtype": UINT8}):
+        inputs = make_inputs((2, 2, 2, 4, 2, 2), 2, dtype, device=target.device, **options)
+        torch.library.opcheck(forward, operator_arguments(inputs, keep_slope=False))
+        results = forward(*operator_arguments(inputs))
+        torch.library.opcheck(backward, (*backward_arguments(inputs, *results), True, True, True))
+        torch.library.opcheck(backward, (*backward_arguments(inputs, *results), False, True, False))
+        leaves = {name: inputs[name].requires_grad_() for name in WANTED}
+        torch.library.opcheck(forward, operator_arguments(inputs | leaves))
+
+
+@on_operators
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(engine)
+    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
+    for images in (2, 3, 5):
+        inputs = make_inputs((images, 2, 3, 8, 2, 2), 2, BF16, FP32, tokens=True, device=target.device)
+        grad_out = random_gradient(reference, inputs)
+        actual, expected = run(compiled, inputs, grad_out, WANTED), run(on(target), inputs, grad_out, WANTED)
+        for name, result in actual.items():
+            assert_equal(result, expected[name], name)
+    assert counter.frame_count <= 2, "recompiled for the third batch size"
+
+
+@on_operators
+def test_repeats_under_activation_checkpointing(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, device=target.device)
+    grad_out = random_gradient(reference, inputs)
+    expected = run(on(target), inputs, grad_out, WANTED)
+    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
+    for name, result in run(checkpointed, inputs, grad_out, WANTED).items():
+        assert_equal(result, expected[name], name)
+
+
+@on_every_backend
+def test_repeats_bit_for_bit(target: Target) -> None:
+    inputs = make_inputs((2, 4, 4, 40, 4, 3), 2, BF16, device=target.device)
+    assert_repeats(partial(forward_and_backward, target, inputs), times=10 if target.emulated else 50)
+
+
+@on_operators
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_ignores_the_number_of_threads(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs((2, 5, 5, 130, 8, 3), 4, dtype, device=target.device)
+    assert_ignores_threads(partial(forward_and_backward, target, inputs))
+
+
+@on_every_backend
+def test_autocast_casts_as_a_linear_layer(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, FP32, device=target.device)
+    halves = {name: inputs[name].to(BF16) for name in WANTED}
+    grad_out = random_gradient(reference, inputs)
+    expected = run(on(target), inputs | halves, grad_out, WANTED)
+    with torch.autocast(target.device, BF16):
+        actual = run(on(target), inputs, grad_out, WANTED)
+    assert actual["out"].dtype == FP32
+    for name, result in actual.items():
+        assert_equal(result, expected[name].float(), name)
+
+
+@on_operators
+def test_refuses_a_second_derivative(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, device=target.device)
+    features = inputs["features"].requires_grad_()
+    (gradient,) = torch.autograd.grad(on(target)(**inputs).square(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_more_than_int32_elements(target: Target) -> None:
+    images = 2**21 // 196 + 1
+    last = make_inputs((1, 14, 14, 1024, 1, 1), 1, BF16, UINT8, device="cuda")
+    features = torch.zeros(images, 14, 14, 1024, dtype=BF16, device="cuda")
+    assert features.numel() > 2**31
+    features[-1] = last["features"][0]
+    mask = torch.zeros(images, 14, 14, dtype=torch.bool, device="cuda")
+    mask[-1] = last["mask"][0]
+    pixels = last["target"].expand(images, -1, -1, -1)
+    assert_equal(on(target)(**last | {"features": features, "mask": mask, "target": pixels}), on(target)(**last), "out")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_cuda_graph_replays(target: Target) -> None:
+    inputs = make_inputs(SMALL, 2, tokens=True, device="cuda")
+    on(target)(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = on(target)(**inputs)
+    inputs["features"].add_(1)
+    graph.replay()
+    assert_equal(out, on(target)(**inputs), "out")
+
+
+@on_every_backend
+def test_reads_no_data(target: Target) -> None:
+    with FakeTensorMode() as mode:
+        inputs = make_inputs(SMALL, 2, BF16, UINT8, tokens=True, device=target.device)
+        fakes = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
+        results = forward_and_backward(target, fakes)
+    assert (results["out"].shape, results["grad_weight"].shape) == ((), (48, 20))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": "no tensor"}, TypeError, "features must be a tensor; got str"),
+        ({"features": torch.ones(2, 6, 20)}, ValueError, r"features must have 4 dimensions .* got shape \(2, 6, 20\)"),
+        (
+            {"weight": torch.ones(47, 20)},
+            ValueError,
+            r"weight must have shape \(s\^2 channels, D\) with 3 channels; got",
+        ),
+        ({"weight": torch.ones(48, 21)}, ValueError, r"weight must have shape \(s\^2 channels, D\) = \(48, 20\)"),
+        ({"weight": torch.ones(48, 20).half()}, TypeError, "weight must have the dtype of features, torch.float32"),
+        ({"bias": torch.ones(47)}, ValueError, r"bias must have shape \(s\^2 channels\) = \(48,\); got \(47,\)"),
+        ({"target": torch.ones(2, 12, 8)}, ValueError, r"target must have 4 dimensions"),
+        ({"target": torch.ones(2, 3, 8, 8)}, ValueError, r"target must have shape .* = \(2, 3, 12, 8\)"),
+        ({"target": torch.ones(2, 3, 12, 8, requires_grad=True)}, ValueError, "target must not require a gradient"),
+        ({"target": torch.ones(2, 3, 12, 8).byte()}, ValueError, "mean is needed where target is torch.uint8"),
+        ({"mask": torch.ones(2, 6, 4)}, TypeError, "mask must be bool or an integer dtype; got torch.float32"),
+        ({"mask": torch.ones(2, 3, 2).bool()}, ValueError, r"mask must have shape .* = \(2, 6, 4\); got \(2, 3, 2\)"),
+        ({"patch_size": 5}, ValueError, "target must have sides that patch_size = 5 divides"),
+        ({"loss": "huber"}, ValueError, "loss must be one of l1, l2, smooth_l1; got 'huber'"),
+        ({"tokens": [0]}, TypeError, "tokens must be a tensor; got list"),
+        ({"tokens": torch.ones(2, 3)}, TypeError, "tokens must have an integer dtype; got torch.float32"),
+        ({"tokens": torch.ones(3, 3).int()}, ValueError, r"tokens must have shape \(B, K\) with B = 2; got \(3, 3\)"),
+        ({"tokens": torch.ones(2, 7).int()}, ValueError, "tokens must list at most h w = 6 tokens; got K = 7"),
+        ({"bias": torch.ones(48, device="meta")}, ValueError, "bias must be on the device of features, cpu; got meta"),
+        ({"backend": "tritn"}, ValueError, "got 'tritn' .did you mean 'triton'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        linear_masked_loss(**make_inputs(SMALL, 2) | change)
+
+
+def swin_b(loss: str = "l1", tokens: bool = True, dtype: torch.dtype = BF16, device: str = "meta") -> dict[str, Any]:
+    return make_inputs((64, 6, 6, 1024, 32, 3), 4, dtype, FP32, tokens=tokens, loss=loss, device=device)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["all-tokens", "tokens"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_cost_formulas(backend: str, loss: str, tokens: bool) -> None:
+    forward, backward = operators(Target(backend))
+    inputs = make_inputs((2, 5, 4, 64, 8, 3), 4, BF16, FP32, tokens=tokens, loss=loss, device="meta")
+    rows = 2 * (12 if tokens else 20)
+    product, chunks = 2 * rows * 192 * 64, 2
+    value, slope, scale = forward(*operator_arguments(inputs))
+    assert (slope.shape, slope.dtype) == ((2, rows // 2, 192), slope_dtype(BF16, LOSSES.index(loss)))
+    index = 4 * rows if tokens else 0
+    listed = 2 * 64 * rows
+    small = inputs["bias"].nbytes + inputs["target"].nbytes + 2 * inputs["mask"].nbytes + 8
+    read = listed + inputs["weight"].nbytes + small + index + 16 * chunks
+    written = slope.nbytes + value.nbytes + scale.nbytes + 8 + 16 * chunks
+    assert bytes_moved(forward, *operator_arguments(inputs)) == (read, written)
+
+    arguments = (*backward_arguments(inputs, value, slope, scale), True, True, True)
+    gradients = backward(*arguments)
+    zeros = inputs["features"].nbytes if tokens else 0
+    scalars = 8 + index
+    read = slope.nbytes + inputs["weight"].nbytes + scalars + slope.nbytes + scalars + listed
+    assert bytes_moved(backward, *arguments) == (read, zeros + listed + gradients[1].nbytes + gradients[2].nbytes)
+
+    register_flop_formulas()
+    for operator, args, products in ((forward, operator_arguments(inputs), 1), (backward, arguments, 2)):
+        with FlopCounterMode(display=False) as counter:
+            operator(*args)
+        assert counter.get_total_flops() == products * product
+
+
+COMPILED = [
+    pytest.param(dtype, capability, marks=[] if (dtype, capability) == (BF16, 90) else pytest.mark.slow)
+    for dtype in (BF16, FP32)
+    for capability in offline.CAPABILITIES
+]
+
+
+@pytest.mark.parametrize(("dtype", "capability"), COMPILED, ids=str)
+def test_triton_kernels_compile(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    from simmim_fast.ops.linear_masked_loss import kernels
+
+    inputs = swin_b(dtype=dtype)
+    results = torch.ops.simmim_fast.linear_masked_loss_triton(*operator_arguments(inputs))
+    launches = offline.launches(kernels.forward, *operator_arguments(inputs))
+    launches += offline.launches(kernels.backward, *backward_arguments(inputs, *results), True, True, True)
+    assert len(launches) == 4
+    for launch in launches:
+        compiled = offline.compile_launch(launch, capability, tmp_path)
+        offline.assert_frugal(compiled, capability)
+        if dtype == BF16 and "sum" not in launch.kernel.__name__:
+            assert compiled.count(r"(HMMA\S*BF16|HGMMA\S*BF16|UTCHMMA)") > 0, "no tensor-core product in bfloat16"
+            assert compiled.count(r"H?G?MMA\S*TF32") == 0

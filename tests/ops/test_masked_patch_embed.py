@@ -1,0 +1,533 @@
+"""masked_patch_embed on every backend that it has."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim_fast._backends import FLOAT_DTYPES
+from simmim_fast.ops import bytes_moved, masked_patch_embed, register_flop_formulas
+from simmim_fast.ops.masked_patch_embed.op import CHUNK_IMAGES, MAX_NORM_CHANNELS, chunk_rows, size_refusal
+from simmim_fast.ops.masked_patch_embed.reference import masked_patch_embed as reference
+from simmim_fast.testing import (
+    assert_equal,
+    assert_ignores_threads,
+    assert_matches,
+    assert_repeats,
+    permuted,
+    random_gradient,
+    run,
+)
+from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
+from tests.ops import offline, targets
+from tests.ops.targets import FUZZ, Target
+
+# There is no CUDA C++ for this op.
+OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
+TARGETS = [param for param in targets.TARGETS if param.id == "reference" or param in OPERATORS]
+ON_CPU = [param for param in TARGETS if param.id in ("reference", "native", "triton-interpreted")]
+ON_GPU = [param for param in OPERATORS if param.id == "triton-gpu"]
+
+BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
+PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "mask_token", "pos_embed")
+SMALL = (2, 3, 5, 3, 4, 20)  # B, H / p, W / p, channels of the image, p, C
+
+# Each shape stresses what its id says.
+SHAPES = [
+    pytest.param(SMALL, id="odd-grid"),
+    pytest.param((1, 4, 4, 3, 4, 128), id="swin"),
+    pytest.param((1, 3, 2, 3, 16, 80), id="large-patch"),
+    pytest.param((2, 3, 3, 1, 3, 17), id="odd-patch"),
+    pytest.param((2, 2, 3, 13, 2, 131), id="multi-band"),
+    pytest.param((CHUNK_IMAGES + 2, 1, 17, 1, 2, 3), id="several-chunks"),
+    pytest.param((3, 1, 1, 1, 1, 1), id="single-number"),
+    pytest.param((0, 3, 5, 3, 4, 20), id="empty-batch"),
+]
+VARIANTS = [
+    pytest.param({}, id="norm"),
+    pytest.param({"norm": False}, id="no-norm"),
+    pytest.param({"pos_embed": False}, id="no-positions"),
+    pytest.param({"visible": True}, id="visible"),
+    pytest.param({"image_dtype": UINT8, "norm": False, "visible": True}, id="uint8"),
+]
+# Of image, weight and the other parameters.
+DTYPES = [
+    pytest.param((FP64, FP64, FP64), id="fp64"),
+    pytest.param((FP32, FP32, FP32), id="fp32"),
+    pytest.param((BF16, BF16, BF16), id="bf16"),
+    pytest.param((FP16, FP16, FP16), id="fp16"),
+    pytest.param((BF16, BF16, FP32), id="bf16-beside-fp32"),
+    pytest.param((FP16, FP16, FP32), id="fp16-beside-fp32"),
+    pytest.param((FP32, BF16, BF16), id="fp32-image"),
+    pytest.param((BF16, FP32, FP32), id="bf16-image"),
+    pytest.param((UINT8, BF16, FP32), id="uint8-bf16"),
+    pytest.param((UINT8, FP64, FP64), id="uint8-fp64"),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, target: Target) -> Target:
+    return target
+
+
+class Module(nn.Module):
+    """For torch.export: the parameters as buffers, image and mask as inputs."""
+
+    def __init__(self, backend: str, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.backend = backend
+        for name, parameter in parameters.items():
+            self.register_buffer(name, parameter)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return masked_patch_embed(image, mask, *(getattr(self, name) for name in PARAMETERS), backend=self.backend)
+
+
+def on(target: Target) -> Any:
+    """The public function, bound to a backend."""
+    return partial(masked_patch_embed, backend=target.backend)
+
+
+def operators(target: Target) -> tuple[Any, Any]:
+    name = f"masked_patch_embed_{target.backend}"
+    return getattr(torch.ops.simmim_fast, name), getattr(torch.ops.simmim_fast, f"{name}_backward")
+
+
+def parameters_of(inputs: dict[str, Any]) -> list[str]:
+    """The inputs that get a gradient."""
+    return [name for name in PARAMETERS if inputs[name] is not None]
+
+
+def forward_and_backward(target: Target, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return run(on(target), inputs, random_gradient(reference, inputs), parameters_of(inputs))
+
+
+def check(target: Target, inputs: dict[str, Any], wanted: list[str] | None = None) -> None:
+    assert_matches(on(target), reference, inputs, wanted=wanted or parameters_of(inputs))
+
+
+def operator_arguments(inputs: dict[str, Any], compute: torch.dtype, out: torch.dtype) -> tuple[tuple, tuple]:
+    """Arguments of the forward and of the backward operator, all gradients being wanted."""
+    i = inputs
+    tensors = tuple(i[name] for name in ("image", "mask", *PARAMETERS, "mean", "std", "visible"))
+    grad_out = torch.ones(*i["mask"].shape, i["weight"].shape[0], dtype=out, device=i["mask"].device)
+    dtypes = tuple(None if i[name] is None else i[name].dtype for name in PARAMETERS)
+    kept = tuple(i[name] for name in ("image", "mask", "weight", "bias", "norm_weight", "mean", "std", "visible"))
+    return (*tensors, 1e-5, compute, out), (grad_out, *kept, 1e-5, compute, *dtypes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(target: Target, shape: tuple, variant: dict) -> None:
+    check(target, make_inputs(shape, device=target.device, **variant))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_matches_float64_in_every_dtype(target: Target, dtypes: tuple, norm: bool) -> None:
+    image, weight, parameters = dtypes
+    check(target, make_inputs(SMALL, weight, parameters, image_dtype=image, norm=norm, device=target.device))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("target", targets.TARGETS[:2], indirect=True)
+def test_matches_float64_over_many_chunks(target: Target, dtype: torch.dtype) -> None:
+    check(target, make_inputs((2, 48, 48, 3, 4, 128), dtype, FP32, pos_embed=False, device=target.device))
+    check(target, make_inputs((4, 14, 14, 3, 16, 112), dtype, FP32, norm=False, device=target.device))
+
+
+@FUZZ
+@given(
+    images=st.integers(0, 3),
+    height=st.integers(1, 4),
+    width=st.sampled_from([1, 3, 8, 17]),
+    planes=st.sampled_from([1, 2, 3, 5]),
+    patch=st.sampled_from([1, 2, 3, 4, 8]),
+    channels=st.sampled_from([1, 2, 7, 15, 16, 17, 63, 64, 65, 129]),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    image_dtype=st.sampled_from([None, UINT8]),
+    hidden=st.sampled_from([0.0, 0.6, 1.0]),
+    norm=st.booleans(),
+    pos_embed=st.booleans(),
+    visible=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_matches_float64_at_boundary_shapes(
+    target: Target,
+    images: int,
+    height: int,
+    width: int,
+    planes: int,
+    patch: int,
+    channels: int,
+    dtype: torch.dtype,
+    image_dtype: torch.dtype | None,
+    hidden: float,
+    norm: bool,
+    pos_embed: bool,
+    visible: bool,
+    seed: int,
+) -> None:
+    shape = (images, height, width, planes, patch, channels)
+    norm = norm and channels > 2  # of two numbers the norm is a sign
+    options = {"norm": norm, "pos_embed": pos_embed, "visible": visible, "hidden": hidden, "seed": seed}
+    check(target, make_inputs(shape, dtype, image_dtype=image_dtype, device=target.device, **options))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, dtype, visible=True, device=target.device)
+    strided = {
+        name: permuted(value) if isinstance(value, Tensor) and value.ndim > 1 else value
+        for name, value in inputs.items()
+    }
+    strided["bias"] = inputs["bias"].repeat_interleave(2)[::2]
+    check(target, strided)
+    if target.backend != "reference":
+        results = forward_and_backward(target, strided)
+        assert all(result.is_contiguous() for result in results.values())
+
+
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_takes_an_expanded_gradient(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    shape = (2, 3, 5, 20)
+    one = torch.ones(1, device=target.device)
+    grads = (one.expand(shape), one.expand(shape).contiguous())
+    actual, expected = (run(on(target), inputs, grad, parameters_of(inputs)) for grad in grads)
+    for name, result in actual.items():
+        assert_equal(result, expected[name], name)
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("wanted", PARAMETERS)
+def test_gives_one_gradient_alone(target: Target, wanted: str, norm: bool) -> None:
+    inputs = make_inputs(SMALL, norm=norm, device=target.device)
+    if inputs[wanted] is not None:
+        check(target, inputs, [wanted])
+
+
+def test_gradcheck(target: Target) -> None:
+    inputs = make_inputs((2, 1, 3, 1, 2, 3), FP64, device=target.device)
+    arguments = [inputs[name].requires_grad_() for name in PARAMETERS]
+    assert torch.autograd.gradcheck(
+        lambda *parameters: on(target)(inputs["image"], inputs["mask"], *parameters), arguments
+    )
+
+
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_opcheck(target: Target, dtype: torch.dtype, requires_grad: bool) -> None:
+    forward, backward = operators(target)
+    for variant in ({}, {"norm": False, "pos_embed": False, "visible": True, "image_dtype": UINT8}):
+        inputs = make_inputs((2, 2, 3, 3, 2, 4), dtype, device=target.device, **variant)
+        inputs["image"] = permuted(inputs["image"])
+        _, backward_arguments = operator_arguments(inputs, dtype, dtype)
+        torch.library.opcheck(backward, backward_arguments)
+        torch.library.opcheck(backward, (*backward_arguments[:-6], dtype, None, None, None, None, dtype))
+        for name in parameters_of(inputs):
+            inputs[name].requires_grad_(requires_grad)
+        torch.library.opcheck(forward, operator_arguments(inputs, dtype, dtype)[0])
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(engine)
+    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
+    for images in (2, 3, 5):
+        inputs = make_inputs((images, 2, 3, 3, 4, 8), BF16, FP32, visible=True, device=target.device)
+        grad_out = random_gradient(reference, inputs)
+        actual, expected = (run(f, inputs, grad_out, PARAMETERS) for f in (compiled, on(target)))
+        for name, result in actual.items():
+            assert_equal(result, expected[name], name)
+    assert counter.frame_count <= 2, "recompiled for the third batch size"
+
+
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_exports(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    module = Module(target.backend, {name: inputs[name] for name in PARAMETERS})
+    arguments, batch = (inputs["image"], inputs["mask"]), torch.export.Dim("batch")
+    program = torch.export.export(module, arguments, dynamic_shapes=({0: batch}, {0: batch}))
+    assert_equal(program.module()(*arguments), module(*arguments), "out")
+
+
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_repeats_under_activation_checkpointing(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    grad_out = random_gradient(reference, inputs)
+    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
+    actual, expected = (run(f, inputs, grad_out, PARAMETERS) for f in (checkpointed, on(target)))
+    for name, result in actual.items():
+        assert_equal(result, expected[name], name)
+
+
+def test_repeats_bit_for_bit(target: Target) -> None:
+    inputs = make_inputs(SMALL if target.emulated else (3, 24, 16, 3, 4, 33), BF16, FP32, device=target.device)
+    assert_repeats(partial(forward_and_backward, target, inputs), times=10 if target.emulated else 50)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_ignores_the_number_of_threads(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL if target.emulated else (3, 24, 16, 3, 4, 33), dtype, FP32, device=target.device)
+    assert_ignores_threads(partial(forward_and_backward, target, inputs))
+
+
+@pytest.mark.parametrize("visible", [False, True], ids=["all", "visible"])
+def test_drops_what_lies_under_the_mask(target: Target, visible: bool) -> None:
+    inputs = make_inputs(SMALL, visible=visible, device=target.device)
+    expected = forward_and_backward(target, inputs)
+    hidden_pixels = inputs["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    inputs["image"] = inputs["image"].masked_fill(hidden_pixels, float("nan"))
+    for name, result in forward_and_backward(target, inputs).items():
+        assert_equal(result, expected[name], name)
+
+
+def test_listed_patches_may_be_hidden(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    expected = forward_and_backward(target, inputs)
+    inputs["visible"] = torch.arange(15, dtype=torch.int32, device=target.device).expand(2, 15)
+    for name, result in forward_and_backward(target, inputs).items():
+        torch.testing.assert_close(result, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("target", ON_CPU, indirect=True)
+@pytest.mark.parametrize("flaw", ["missing", "negative", "beyond"])
+def test_refuses_a_wrong_list(target: Target, flaw: str) -> None:
+    inputs = make_inputs(SMALL, visible=True)
+    message = "every patch that is not hidden" if flaw == "missing" else "flat patches from 0 to 14"
+    if flaw == "missing":
+        inputs["visible"] = inputs["visible"][:, 1:]
+    else:
+        inputs["visible"][0, 0] = -1 if flaw == "negative" else 15
+    with pytest.raises(ValueError, match=message):
+        on(target)(**inputs)
+
+
+@pytest.mark.parametrize("target", OPERATORS[:1], indirect=True)
+def test_refuses_a_wrong_list_when_compiled(target: Target) -> None:
+    torch._dynamo.reset()
+    inputs = make_inputs(SMALL, visible=True)
+    inputs["visible"] = inputs["visible"][:, 1:]
+    with pytest.raises(ValueError, match="every patch that is not hidden"):
+        torch.compile(on(target), fullgraph=True, backend="aot_eager")(**inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ON_GPU, indirect=True)
+def test_missing_patches_are_nan(target: Target) -> None:
+    inputs = make_inputs(SMALL, visible=True, device="cuda")
+    missing = inputs["visible"][:, 0].long()
+    inputs["visible"] = inputs["visible"][:, 1:]
+    out = on(target)(**inputs).flatten(1, 2)
+    assert bool(out[torch.arange(2), missing].isnan().all())
+    assert int(out.isnan().sum()) == 2 * out.shape[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64], ids=str)
+def test_integer_masks_hide_where_non_zero(target: Target, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    expected = on(target)(**inputs)
+    inputs["mask"] = inputs["mask"].to(dtype) * 3
+    assert_equal(on(target)(**inputs), expected, "out")
+
+
+def composed(image: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *others: Tensor | None) -> Tensor:
+    """The operators that a model has without this one."""
+    norm_weight, norm_bias, mask_token, pos_embed = others
+    x = F.conv2d(image, weight, bias, stride=weight.shape[3]).permute(0, 2, 3, 1)
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[3:], norm_weight, norm_bias)
+    x = torch.where(mask[..., None], mask_token, x)
+    return x if pos_embed is None else x + pos_embed
+
+
+@pytest.mark.parametrize("parameters", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "no-autocast"])
+def test_has_the_dtype_of_its_parts(target: Target, norm: bool, autocast: bool, parameters: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, parameters, norm=norm, device=target.device)
+    with torch.autocast(target.device, BF16, enabled=autocast):
+        expected = composed(*(inputs[name] for name in ("image", "mask", *PARAMETERS)))
+        actual = on(target)(**inputs)
+    assert actual.dtype == expected.dtype
+    assert float((actual - expected).norm() / expected.norm()) < 4 * torch.finfo(BF16).eps
+
+
+def test_autocast_takes_operands_to_its_dtype(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    grad_out = random_gradient(reference, inputs)
+    with torch.autocast(target.device, BF16):
+        actual, plain = (run(f, inputs, grad_out, PARAMETERS) for f in (on(target), reference))
+    exact = run(reference, inputs, grad_out, PARAMETERS)
+    for name, result in actual.items():
+        assert result.dtype == FP32
+        error, budget = ((one[name] - exact[name]).norm() for one in (actual, plain))
+        assert error <= 3 * budget + 4 * torch.finfo(FP32).eps * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_refuses_a_second_derivative(target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device)
+    bias = inputs["bias"].requires_grad_()
+    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ON_GPU, indirect=True)
+def test_more_than_int32_elements(target: Target) -> None:
+    inputs = make_inputs((1, 8, 8, 3, 4, 1024), BF16, hidden=0.0, pos_embed=False, norm=False, device="cuda")
+    expected = on(target)(**inputs)[0]
+    images = 2**15 + 1
+    inputs |= {name: inputs[name].expand(images, *inputs[name].shape[1:]).contiguous() for name in ("image", "mask")}
+    out = on(target)(**inputs)
+    assert_equal(out[-1], expected, "out")
+    assert_equal(out[0], expected, "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ON_GPU, indirect=True)
+def test_cuda_graph_replays(target: Target) -> None:
+    inputs = make_inputs(SMALL, visible=True, device="cuda")
+    on(target)(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = on(target)(**inputs)
+    inputs["image"].add_(1)
+    graph.replay()
+    assert_equal(out, on(target)(**inputs), "out")
+
+
+def test_reads_no_data(target: Target) -> None:
+    with FakeTensorMode() as mode:
+        real = make_inputs(SMALL, BF16, visible=True, device=target.device)
+        inputs = {name: value if value is None else mode.from_tensor(value) for name, value in real.items()}
+        results = forward_and_backward(target, inputs)
+    assert results["out"].shape == (2, 3, 5, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image": "no tensor"}, TypeError, "image must be a tensor; got str"),
+        (
+            {"image": torch.ones(2, 3, 12, 20, dtype=torch.int32)},
+            TypeError,
+            "image must be float64, .* got torch.int32",
+        ),
+        ({"image": torch.ones(3, 12, 20)}, ValueError, r"image must have 4 dimensions .* got shape \(3, 12, 20\)"),
+        ({"image": torch.ones(2, 4, 12, 20)}, ValueError, "image must have as many channels as weight, 3; got"),
+        ({"image": torch.ones(2, 3, 12, 21)}, ValueError, "image must have sides that patch_size = 4 divides"),
+        ({"image": torch.ones(2, 3, 12, 20).byte()}, ValueError, "mean is needed where image is torch.uint8"),
+        ({"image": torch.ones(2, 3, 12, 20, requires_grad=True)}, ValueError, "image must not require a gradient"),
+        ({"mean": torch.ones(3)}, ValueError, "mean must be None where image is torch.float32"),
+        ({"mask": torch.ones(2, 3, 5)}, TypeError, "mask must be bool or an integer dtype; got torch.float32"),
+        ({"mask": torch.ones(2, 15, dtype=torch.bool)}, ValueError, r"mask must have shape .* = \(2, 3, 5\)"),
+        ({"weight": torch.ones(20, 48)}, ValueError, r"weight must have shape \(C, channels, p, p\)"),
+        ({"weight": torch.ones(20, 3, 4, 2)}, ValueError, r"weight must have shape \(C, channels, p, p\)"),
+        ({"bias": torch.ones(19)}, ValueError, r"bias must have shape \(C\) = \(20,\); got \(19,\)"),
+        ({"norm_bias": None}, ValueError, "norm_bias must be given where"),
+        ({"norm_weight": None}, ValueError, "norm_weight must be given where"),
+        ({"mask_token": torch.ones(1, 1, 20)}, ValueError, r"mask_token must have shape \(C\) = \(20,\)"),
+        ({"pos_embed": torch.ones(15, 20)}, ValueError, r"pos_embed must have shape .* = \(3, 5, 20\)"),
+        ({"visible": torch.ones(2, 3)}, TypeError, "visible must have an integer dtype; got torch.float32"),
+        ({"visible": torch.ones(3).int()}, ValueError, r"visible must have shape \(B, K\) with B = 2; got \(3,\)"),
+        ({"bias": torch.ones(20, device="meta")}, ValueError, "bias must be on the device of image, cpu; got meta"),
+        ({"backend": "tritn"}, ValueError, "got 'tritn' .did you mean 'triton'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        masked_patch_embed(**make_inputs(SMALL) | change)
+
+
+def test_says_which_sizes_it_takes() -> None:
+    wide = MAX_NORM_CHANNELS + 1
+    assert "at most 1024 channels; got 1025" in size_refusal("triton", device_type="cuda", channels=wide, norm=True)
+    assert size_refusal("triton", device_type="cuda", channels=wide, norm=False) is None
+    assert "no CUDA C++" in size_refusal("native", device_type="cuda", channels=8, norm=True)
+    assert size_refusal("native", device_type="cpu", channels=wide, norm=True) is None
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+def test_cost_formulas(norm: bool) -> None:
+    from simmim_fast.ops.masked_patch_embed import kernels
+
+    forward, backward = operators(Target("triton"))
+    inputs = make_inputs((20, 8, 8, 3, 4, 32), BF16, FP32, norm=norm, visible=True, device="meta")
+    arguments, backward_arguments = operator_arguments(inputs, BF16, FP32)
+    rows, product = inputs["visible"].numel(), 2 * inputs["visible"].numel() * 32 * 48
+    register_flop_formulas()
+    for operator, call, products in ((forward, arguments, 1), (backward, backward_arguments, 1 + norm)):
+        with FlopCounterMode(display=False) as counter:
+            operator(*call)
+        assert counter.get_total_flops() == products * product
+
+    out = forward(*arguments)
+    given = sum(value.nbytes for value in inputs.values() if value is not None)
+    read, written = bytes_moved(forward, *arguments)
+    assert (read, written) == (given + inputs["mask"].nbytes, out.nbytes + rows * 32 * 4)
+
+    # What the launcher allocates, beside what it returns, is written once and read once.
+    pointers = {}
+    for launch in offline.launches(kernels.backward, *backward_arguments):
+        pointers |= {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+    workspace = sum(value.nbytes for name, value in pointers.items() if "partial" in name or "rows" in name)
+    gradients = backward(*backward_arguments)
+    read, written = bytes_moved(backward, *backward_arguments)
+    assert written == workspace + sum(gradient.nbytes for gradient in gradients)
+    image, mask, weight, visible = (inputs[name] for name in ("image", "mask", "weight", "visible"))
+    small = inputs["bias"].nbytes + visible.nbytes + (inputs["norm_weight"].nbytes if norm else 0)
+    tokens, of_rows = out.nbytes + mask.nbytes, rows * 32 * 4 + image.nbytes
+    again = image.nbytes + weight.nbytes if norm else 0
+    assert read == workspace + small + tokens + of_rows + again
+    assert chunk_rows(rows, weight) == 256
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
+)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        pytest.param((8, 48, 48, 3, 4, 128), True, id="swin-b"),
+        pytest.param((8, 14, 14, 3, 16, 768), False, id="vit-b", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 3, 4, 192), True, id="swin-l", marks=pytest.mark.slow),
+    ],
+)
+def test_triton_kernels_compile(shape: tuple, norm: bool, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    from simmim_fast.ops.masked_patch_embed import kernels
+
+    inputs = make_inputs(shape, dtype, FP32, norm=norm, pos_embed=not norm, visible=True, device="meta")
+    arguments, backward_arguments = operator_arguments(inputs, dtype, FP32)
+    launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
+    dots = {"fwd": 1, "bwd_norm": 1, "bwd_weight": 1}
+    for launch in launches:
+        compiled = offline.compile_launch(launch, capability, tmp_path)
+        offline.assert_frugal(compiled, capability)
+        kernel = launch.kernel.__name__.removeprefix("_masked_patch_embed_").removesuffix("_kernel")
+        tensor_core = compiled.count(r"HG?MMA\.\S*BF16") + compiled.count("UTCHMMA")
+        assert tensor_core >= (dots.get(kernel, 0) if dtype == BF16 else 0), kernel
+        assert compiled.count(r"\S*MMA\S*TF32") == 0
+        wide = sum(compiled.wide_bytes(load) for load in ("LDG", "LDGSTS", "STG"))
+        assert wide > 0, kernel
