@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -100,11 +101,13 @@ struct ForwardArgs {
   int64_t patch;
 
   SIMMIM_FAST_HOST_DEVICE int64_t chunks() const { return (rows + kChunkRows - 1) / kChunkRows; }
-  SIMMIM_FAST_HOST_DEVICE int64_t channel(int64_t row) const { return row / height % channels; }
+  // Divisions in 32 bits, which GPUs have no slow subroutine for.
+  SIMMIM_FAST_HOST_DEVICE int64_t channel(int64_t row) const { return narrow(row) / narrow(height) % narrow(channels); }
   SIMMIM_FAST_HOST_DEVICE const bool* mask_row(int64_t row) const {
-    const int64_t image = row / (height * channels), cell = row % height / patch;
-    return mask + (image * (height / patch) + cell) * (width / patch);
+    const int64_t image = narrow(row) / narrow(height * channels), cell = narrow(row) % narrow(height) / narrow(patch);
+    return mask + (image * (narrow(height) / narrow(patch)) + cell) * (narrow(width) / narrow(patch));
   }
+  SIMMIM_FAST_HOST_DEVICE static uint32_t narrow(int64_t value) { return static_cast<uint32_t>(value); }
 };
 
 template <typename P>
@@ -132,6 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& prediction, const Tenso
   const ScalarType compute = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t channels = target.size(1), height = target.size(2), width = target.size(3);
   const int64_t rows = target.size(0) * channels * height;
+  check(rows <= std::numeric_limits<uint32_t>::max(), "prediction: expected fewer than 2^32 lines, got ", rows);
   const Tensor from = dense(prediction), hidden = dense(mask);
   const Tensor towards = dense(target, target_dtype(target.scalar_type(), dtype));
   const Tensor means = mean ? dense(*mean, compute) : Tensor(), stds = std ? dense(*std, compute) : Tensor();

@@ -68,7 +68,7 @@ class Buffer {
 // The bits of a bfloat16. Signs of residuals, which are -1, 0 and 1, come as int8.
 template <typename E>
 inline __attribute__((always_inline)) uint16_t bfloat16_bits(E value) {
-  if constexpr (std::is_same_v<E, int8_t>) return value == 0 ? 0 : value < 0 ? 0xbf80 : 0x3f80;
+  if constexpr (std::is_same_v<E, int8_t>) return (value & 0x8000) | (-(value & 1) & 0x3f80);
   if constexpr (std::is_same_v<E, BFloat16>) return value.x;
   if constexpr (!std::is_same_v<E, int8_t> && !std::is_same_v<E, BFloat16>) return narrow<BFloat16>(float(value)).x;
 }

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kThreads) masked_l1_loss_fwd_kernel(const Forw
     const int items = static_cast<int>(min(kChunkRows, args.rows - first)) * vectors;
     Compute sum = 0;
     int64_t count = 0;
-#pragma unroll 1  // unrolled, the 64-bit divisions of the row spill for V = 1
     for (int item = threadIdx.x; item < items; item += kThreads) {
       const int x = item % vectors * V;
       const int64_t row = first + item / vectors, channel = args.channel(row);
