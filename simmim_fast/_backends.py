@@ -29,19 +29,32 @@ _AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "ref
 
 @dataclass(frozen=True)
 class Op:
-    """An op by its public name, with the function behind each of its backends; all take the same arguments."""
+    """An op.
+
+    Attributes:
+        name: The public function's name.
+        implementations: The function behind each of its backends; all take the same arguments.
+        native_devices: Device types that the compiled library has kernels for.
+    """
 
     name: str
     implementations: Mapping[str, Callable]
+    native_devices: tuple[str, ...]
 
 
-def _native_refusal(device: torch.device) -> str | None:
+def _no_refusal(op: Op, device: torch.device) -> str | None:
+    return None
+
+
+def _native_refusal(op: Op, device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it takes CPU and CUDA tensors, not {device.type}"
+    if device.type not in op.native_devices:
+        return f"there is no {'CUDA ' if device.type == 'cuda' else ''}C++ for this op"
     return _native.why_not(device.type)
 
 
-def _triton_refusal(device: torch.device) -> str | None:
+def _triton_refusal(op: Op, device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if TRITON_INTERPRETED and device.type in ("cpu", "cuda"):
@@ -63,7 +76,7 @@ def _capability_refusal(device: torch.device) -> str | None:
     return None
 
 
-_REFUSALS = {"reference": lambda device: None, "native": _native_refusal, "triton": _triton_refusal}
+_REFUSALS = {"reference": _no_refusal, "native": _native_refusal, "triton": _triton_refusal}
 BACKENDS = tuple(_REFUSALS)
 
 
@@ -73,7 +86,7 @@ def refusal(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> s
         return f"{op.name} has no {backend} implementation"
     if backend != "reference" and dtype not in FLOAT_DTYPES:
         return f"it has no kernel for {dtype}"
-    return _REFUSALS[backend](device)
+    return _REFUSALS[backend](op, device)
 
 
 def _takes_any_size(backend: str) -> None:

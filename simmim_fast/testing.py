@@ -449,7 +449,7 @@ class Guards(TorchDispatchMode):
         if func.namespace == "simmim_fast":
             before = len(self._buffers)
             with self:  # again, for what the kernel calls
-                result = func.redispatch(_backend_keys(args), *args)
+                result = func.redispatch(backend_keys(args), *args)
             self._operators[str(func)] = len(self._buffers) - before
             return result
         result = func(*args, **(kwargs or {}))
@@ -475,7 +475,8 @@ _ALLOCATIONS = (
 )
 
 
-def _backend_keys(args: tuple) -> torch._C.DispatchKeySet:
+def backend_keys(args: tuple) -> torch._C.DispatchKeySet:
+    """Where a kernel is looked for, from the device of the first tensor: a redispatch there skips autograd."""
     device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
     return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
 

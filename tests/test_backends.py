@@ -10,8 +10,8 @@ from simmim_fast._backends import ENVIRONMENT_VARIABLE, Op, choose, refusal
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 FP32 = torch.float32
-EVERYWHERE = Op("an_op", {"reference": print, "native": print, "triton": print})
-PLAIN = Op("plain_op", {"reference": print})
+EVERYWHERE = Op("an_op", {"reference": print, "native": print, "triton": print}, ("cpu", "cuda"))
+PLAIN = Op("plain_op", {"reference": print}, ())
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def available(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(*names: str) -> None:
         reasons = {name: None if name in names else "broken" for name in _backends.BACKENDS}
-        refusals = {name: lambda device, reason=reason: reason for name, reason in reasons.items()}
+        refusals = {name: lambda op, device, reason=reason: reason for name, reason in reasons.items()}
         monkeypatch.setattr(_backends, "_REFUSALS", refusals)
 
     return pretend
@@ -129,3 +129,9 @@ def test_reasons_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         properties = type("Properties", (), {"major": major, "minor": 5})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
         assert refusal(EVERYWHERE, "triton", CUDA, FP32) == reason
+
+
+def test_native_is_off_where_an_op_has_no_kernel_for_the_device() -> None:
+    on_the_cpu = Op("cpu_op", {"reference": print, "native": print}, ("cpu",))
+    assert refusal(on_the_cpu, "native", CPU, FP32) is None
+    assert refusal(on_the_cpu, "native", CUDA, FP32) == "there is no CUDA C++ for this op"

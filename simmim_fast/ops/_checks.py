@@ -48,6 +48,16 @@ def check_pixel_mask(mask: Tensor, pixels_name: str, pixels: Tensor, patch_size:
     check_shape("mask", mask, (batch, height // patch_size, width // patch_size), "(B, H / patch, W / patch)")
 
 
+def check_indices(name: str, indices: Tensor, batch: int, limit: int, meaning: str) -> Tensor:
+    """Indices (B, K) of at most `limit` tokens of each image, as int32; `meaning` says the limit in letters."""
+    _check_dtype(name, indices, INTEGER_DTYPES[1:], "an integer tensor")
+    if indices.ndim != 2 or indices.shape[0] != batch:
+        raise ValueError(f"{name} must have shape (B, K) with B = {batch}; got {tuple(indices.shape)}")
+    if indices.shape[1] > limit:
+        raise ValueError(f"{name} must list at most {meaning} = {limit} tokens; got K = {indices.shape[1]}")
+    return indices.int()
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """The tensor has the expected shape; `meaning` says it in letters."""
     if tensor.shape != expected:

@@ -50,6 +50,7 @@ def define_op(
     setup_context: Callable[..., None],
     gradients: Callable[..., Any],
     backends: Mapping[str, str | None],
+    native_devices: tuple[str, ...] = ("cpu",),
 ) -> Op:
     """Register an op's operators, and the op itself in `OPS`.
 
@@ -61,14 +62,17 @@ def define_op(
         setup_context: (ctx, inputs, output), as `torch.library.register_autograd` has it.
         gradients: (ctx, backward operator, *grad_outputs) -> gradients of the forward's arguments.
         backends: Backend -> module with its `forward` and `backward`, or None where the compiled library has them.
+        native_devices: Device types that the compiled library has kernels for.
     """
     implementations = {"reference": reference}
     for backend, module in backends.items():
         operator = _define_operator(f"{name}_{backend}", forward, module, "forward")
         backward_operator = _define_operator(f"{name}_{backend}_backward", backward, module, "backward")
         _register_autograd(operator, backward_operator, setup_context, gradients)
+        _refuse_vmap(operator)
+        _refuse_vmap(backward_operator)
         implementations[backend] = operator.default
-    OPS[name] = Op(name, implementations)
+    OPS[name] = Op(name, implementations, native_devices)
     return OPS[name]
 
 
@@ -79,6 +83,11 @@ def bytes_moved(operator: OpOverloadPacket, *args: Any) -> tuple[int, int]:
         KeyError: The operator is not one of this library's.
     """
     return _DIRECTIONS[operator].bytes_moved(*args)
+
+
+def unrounded_nbytes(sum_dtype: torch.dtype, *results: torch.Tensor) -> int:
+    """Bytes of second-stage sums that are written in their own dtype, then read to be rounded to the results'."""
+    return sum(result.numel() * sum_dtype.itemsize for result in results if result.dtype != sum_dtype)
 
 
 def register_flop_formulas() -> None:
@@ -127,3 +136,12 @@ def _register_autograd(
     register = torch.library.register_autograd
     register(operator.default, first_derivative, setup_context=setup_context, lib=LIBRARY)
     register(backward_operator.default, no_second_derivative, lib=LIBRARY)
+
+
+def _refuse_vmap(operator: OpOverloadPacket) -> None:
+    """Without this, vmap would call the kernel once for every entry, and say so in a warning at best."""
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"{operator} cannot be vmapped: put the axis into the batch, or use backend='reference'")
+
+    torch.library.register_vmap(operator.default, refuse, lib=LIBRARY)

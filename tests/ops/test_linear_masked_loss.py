@@ -406,7 +406,7 @@ def test_reads_no_data(target: Target) -> None:
         ({"patch_size": 5}, ValueError, "target must have sides that patch_size = 5 divides"),
         ({"loss": "huber"}, ValueError, "loss must be one of l1, l2, smooth_l1; got 'huber'"),
         ({"tokens": [0]}, TypeError, "tokens must be a tensor; got list"),
-        ({"tokens": torch.ones(2, 3)}, TypeError, "tokens must have an integer dtype; got torch.float32"),
+        ({"tokens": torch.ones(2, 3)}, TypeError, "tokens must be an integer tensor; got torch.float32"),
         ({"tokens": torch.ones(3, 3).int()}, ValueError, r"tokens must have shape \(B, K\) with B = 2; got \(3, 3\)"),
         ({"tokens": torch.ones(2, 7).int()}, ValueError, "tokens must list at most h w = 6 tokens; got K = 7"),
         ({"bias": torch.ones(48, device="meta")}, ValueError, "bias must be on the device of features, cpu; got meta"),

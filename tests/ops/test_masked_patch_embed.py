@@ -448,7 +448,7 @@ def test_reads_no_data(target: Target) -> None:
         ({"norm_weight": None}, ValueError, "norm_weight must be given where"),
         ({"mask_token": torch.ones(1, 1, 20)}, ValueError, r"mask_token must have shape \(C\) = \(20,\)"),
         ({"pos_embed": torch.ones(15, 20)}, ValueError, r"pos_embed must have shape .* = \(3, 5, 20\)"),
-        ({"visible": torch.ones(2, 3)}, TypeError, "visible must have an integer dtype; got torch.float32"),
+        ({"visible": torch.ones(2, 3)}, TypeError, "visible must be an integer tensor; got torch.float32"),
         ({"visible": torch.ones(3).int()}, ValueError, r"visible must have shape \(B, K\) with B = 2; got \(3,\)"),
         ({"bias": torch.ones(20, device="meta")}, ValueError, "bias must be on the device of image, cpu; got meta"),
         ({"backend": "tritn"}, ValueError, "got 'tritn' .did you mean 'triton'"),
@@ -462,10 +462,9 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
 
 def test_says_which_sizes_it_takes() -> None:
     wide = MAX_NORM_CHANNELS + 1
-    assert "at most 1024 channels; got 1025" in size_refusal("triton", device_type="cuda", channels=wide, norm=True)
-    assert size_refusal("triton", device_type="cuda", channels=wide, norm=False) is None
-    assert "no CUDA C++" in size_refusal("native", device_type="cuda", channels=8, norm=True)
-    assert size_refusal("native", device_type="cpu", channels=wide, norm=True) is None
+    assert "at most 1024 channels; got 1025" in size_refusal("triton", channels=wide, norm=True)
+    assert size_refusal("triton", channels=wide, norm=False) is None
+    assert size_refusal("native", channels=wide, norm=True) is None
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
@@ -487,11 +486,13 @@ def test_cost_formulas(norm: bool) -> None:
     read, written = bytes_moved(forward, *arguments)
     assert (read, written) == (given + inputs["mask"].nbytes, out.nbytes + rows * 32 * 4)
 
-    # What the launcher allocates, beside what it returns, is written once and read once.
+    # What the launcher allocates, beside what it returns, is written once and read once; and so is the float32 sum of
+    # the bf16 weight's gradient.
     pointers = {}
     for launch in offline.launches(kernels.backward, *backward_arguments):
         pointers |= {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     workspace = sum(value.nbytes for name, value in pointers.items() if "partial" in name or "rows" in name)
+    workspace += 4 * inputs["weight"].numel()
     gradients = backward(*backward_arguments)
     read, written = bytes_moved(backward, *backward_arguments)
     assert written == workspace + sum(gradient.nbytes for gradient in gradients)

@@ -16,16 +16,27 @@ import pytest
 from simmim_fast.ops import OPS
 
 ROOT = Path(__file__).parents[2]
+WITH_KERNELS = [name for name, op in OPS.items() if "triton" in op.implementations]
 
 
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", [name for name, op in OPS.items() if "triton" in op.implementations])
-def test_kernels_in_the_interpreter(op: str, speed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["every_op", *WITH_KERNELS])
+def test_kernels_in_the_interpreter(name: str, tmp_path: Path) -> None:
+    run_interpreted(name, "not slow", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_in_the_interpreter_slowly(name: str, tmp_path: Path) -> None:
+    run_interpreted(name, "slow", tmp_path)
+
+
+def run_interpreted(name: str, speed: str, tmp_path: Path) -> None:
+    """Run the tests of a file that are marked interpreted; none may be missing or skipped."""
     report = tmp_path / "report.xml"
-    tests = f"tests/ops/test_{op}.py"
+    tests = f"tests/ops/test_{name}.py"
     options = ["-m", f"interpreted and {speed}", "-n", "0", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", tests, *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     child = subprocess.run(
         command, cwd=ROOT, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import INTEGER_DTYPES, check_device, check_float, check_shape
+from simmim_fast.ops._checks import check_device, check_float, check_indices, check_shape
 from simmim_fast.ops.biased_attention.op import OP, size_refusal
 
 
@@ -59,23 +59,10 @@ def biased_attention(
     if bias is not None:
         check_shape("bias", bias, (num_heads, tokens, tokens), "(heads, N, N)")
     if queries is not None:
-        queries = _check_queries(queries, qkv)
+        queries = check_indices("queries", queries, qkv.shape[0], tokens, "N")
     check_device("qkv", qkv, bias=bias, queries=queries)
     head_size = channels // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else float(scale)
-    refusal = partial(size_refusal, device_type=qkv.device.type, head_size=head_size)
-    backend = choose(OP, backend, qkv.device, qkv.dtype, refusal)
+    backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, head_size=head_size))
     out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
     return out
-
-
-def _check_queries(queries: Tensor, qkv: Tensor) -> Tensor:
-    if not isinstance(queries, Tensor):
-        raise TypeError(f"queries must be a tensor; got {type(queries).__name__}")
-    if queries.dtype not in INTEGER_DTYPES[1:]:
-        raise TypeError(f"queries must have an integer dtype; got {queries.dtype}")
-    if queries.ndim != 2 or queries.shape[0] != qkv.shape[0]:
-        raise ValueError(f"queries must have shape (B, K) with B = {qkv.shape[0]}; got {tuple(queries.shape)}")
-    if queries.shape[1] > qkv.shape[1]:
-        raise ValueError(f"queries must name at most N = {qkv.shape[1]} tokens; got K = {queries.shape[1]}")
-    return queries.int()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.biased_attention import reference
 
 MAX_HEAD_SIZE = 128
@@ -62,10 +62,8 @@ def workspace_shapes(
     return shapes
 
 
-def size_refusal(backend: str, device_type: str, head_size: int) -> str | None:
-    """Why a backend does not take heads of so many channels, or tensors of this device; None where it does."""
-    if backend == "native" and device_type == "cuda":
-        return "there is no CUDA C++ for this op"
+def size_refusal(backend: str, *, head_size: int) -> str | None:
+    """Why a backend does not take heads of so many channels; None where it does."""
     if backend == "triton" and head_size > MAX_HEAD_SIZE:
         return f"it takes heads of at most {MAX_HEAD_SIZE} channels; got {head_size}"
     return None
@@ -179,8 +177,9 @@ def _bytes_moved_backward(
         step_tiles = -(-tokens // tile(qkv.dtype).step)
         partials, positions = itemsize * math.prod(shapes["bias"]), 4 * math.prod(shapes.get("positions", (0,)))
         read += step_tiles * (rows_read - _nbytes(queries) + positions) + key_tiles * 2 * third
-        read += shapes["bias"][0] * bias.nbytes + partials + _nbytes(queries)
-        written += partials + bias.nbytes + 2 * positions
+        unrounded = unrounded_nbytes(compute_dtype(qkv.dtype), bias)
+        read += shapes["bias"][0] * bias.nbytes + partials + unrounded + _nbytes(queries)
+        written += partials + unrounded + bias.nbytes + 2 * positions
     return read, written
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
-from simmim_fast._backends import ENVIRONMENT_VARIABLE, choose
+from simmim_fast._backends import choose
 from simmim_fast.ops._checks import (
-    INTEGER_DTYPES,
     check_device,
     check_float,
+    check_indices,
     check_pixel_mask,
     check_pixels,
     check_shape,
@@ -58,7 +57,7 @@ def linear_masked_loss(
             synchronised. Without it the CPU finds them in the mask, and CUDA computes all tokens.
         mean: (channels), floating: mean per channel of pixels in [0, 1]; for uint8 targets, and only there.
         std: (channels), floating: standard deviation likewise.
-        backend: "auto", "reference", "native" or "triton"; an explicit name never falls back. "native" runs on the CPU.
+        backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
 
     Returns:
         Scalar: float32, or float64 for float64 features. 0 where nothing is masked.
@@ -81,11 +80,11 @@ def linear_masked_loss(
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     if tokens is not None:
-        tokens = _check_tokens(tokens, features)
+        tokens = check_indices("tokens", tokens, features.shape[0], features.shape[1] * features.shape[2], "h w")
     others = {"bias": bias, "target": target, "mask": mask, "tokens": tokens, "mean": mean, "std": std}
     check_device("features", features, weight=weight, **others)
     features, weight, bias = _operands(features, weight, bias)
-    backend = _choose(backend, features)
+    backend = choose(OP, backend, features.device, features.dtype)
     mask = mask.bool()
     if type(tokens) is Tensor and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_listed(tokens, mask, patch_size, math.isqrt(weight.shape[0] // target.shape[1]))
@@ -111,20 +110,6 @@ def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor
     check_shape("target", target, (batch, channels, height * stride, width * stride), "(B, channels, h s, w s)")
 
 
-def _check_tokens(tokens: Tensor, features: Tensor) -> Tensor:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a tensor; got {type(tokens).__name__}")
-    if tokens.dtype not in INTEGER_DTYPES[1:]:
-        raise TypeError(f"tokens must have an integer dtype; got {tokens.dtype}")
-    if tokens.ndim != 2 or tokens.shape[0] != features.shape[0]:
-        raise ValueError(f"tokens must have shape (B, K) with B = {features.shape[0]}; got {tuple(tokens.shape)}")
-    if tokens.shape[1] > features.shape[1] * features.shape[2]:
-        raise ValueError(
-            f"tokens must list at most h w = {features.shape[1] * features.shape[2]} tokens; got K = {tokens.shape[1]}"
-        )
-    return tokens.int()
-
-
 def _check_listed(tokens: Tensor, mask: Tensor, patch_size: int, stride: int) -> None:
     if not are_masked_tokens(tokens, mask, patch_size, stride):
         raise ValueError(
@@ -143,12 +128,3 @@ def _operands(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, T
         if tensor.dtype != features.dtype:
             raise TypeError(f"{name} must have the dtype of features, {features.dtype}; got {tensor.dtype}")
     return features, weight, bias
-
-
-def _choose(backend: str, features: Tensor) -> str:
-    chosen = choose(OP, backend, features.device, features.dtype)
-    if chosen != "native" or features.device.type == "cpu":
-        return chosen
-    if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE) in (None, "", "auto"):
-        return "reference"
-    raise RuntimeError(f"{OP.name}: backend {chosen!r} cannot run here: there is no CUDA C++ for this op")

@@ -115,4 +115,5 @@ OP = define_op(
     setup_context=_setup_context,
     gradients=_gradients,
     backends={"native": None, "triton": "simmim_fast.ops.masked_l1_loss.kernels"},
+    native_devices=("cpu", "cuda"),
 )

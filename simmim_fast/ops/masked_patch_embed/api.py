@@ -8,9 +8,9 @@ from torch import Tensor
 
 from simmim_fast._backends import choose
 from simmim_fast.ops._checks import (
-    INTEGER_DTYPES,
     check_device,
     check_float,
+    check_indices,
     check_pixel_mask,
     check_pixels,
     check_shape,
@@ -78,39 +78,33 @@ def masked_patch_embed(
         fixed order, so that they repeat bit for bit.
     """
     _check_parameters(weight, bias, norm_weight, norm_bias, mask_token)
-    check_pixels("image", image, mean, std)
-    if image.ndim != 4:
-        raise ValueError(f"image must have 4 dimensions (B, channels, H, W); got shape {tuple(image.shape)}")
-    channels, patch_size = weight.shape[1], weight.shape[3]
-    if image.shape[1] != channels:
-        raise ValueError(f"image must have as many channels as weight, {channels}; got shape {tuple(image.shape)}")
-    check_pixel_mask(mask, "image", image, patch_size)
+    _check_image(image, mean, std, weight)
+    check_pixel_mask(mask, "image", image, weight.shape[3])
     check_float(pos_embed=pos_embed)
     if pos_embed is not None:
         check_shape("pos_embed", pos_embed, (*mask.shape[1:], weight.shape[0]), "(H / p, W / p, C)")
     if visible is not None:
-        visible = _check_visible(visible, mask)
+        visible = check_indices("visible", visible, mask.shape[0], mask.shape[1] * mask.shape[2], "(H / p)(W / p)")
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "mask_token": mask_token}
     others = {"mask": mask, "weight": weight, "pos_embed": pos_embed, "mean": mean, "std": std, "visible": visible}
     check_device("image", image, **others, **parameters)
     compute = compute_dtype(image, weight)
-    refusal = partial(
-        size_refusal, device_type=image.device.type, channels=weight.shape[0], norm=norm_weight is not None
-    )
+    refusal = partial(size_refusal, channels=weight.shape[0], norm=norm_weight is not None)
     backend = choose(OP, backend, image.device, compute, refusal)
+    output = output_dtype(image, weight, norm_weight, mask_token, pos_embed)
+    optional = (pos_embed, mean, std, visible)
     return OP.implementations[backend](
-        image,
-        mask.bool(),
-        weight,
-        *parameters.values(),
-        pos_embed,
-        mean,
-        std,
-        visible,
-        float(eps),
-        compute,
-        output_dtype(image, weight, norm_weight, mask_token, pos_embed),
+        image, mask.bool(), weight, *parameters.values(), *optional, float(eps), compute, output
     )
+
+
+def _check_image(image: Tensor, mean: Tensor | None, std: Tensor | None, weight: Tensor) -> None:
+    check_pixels("image", image, mean, std)
+    if image.ndim != 4:
+        raise ValueError(f"image must have 4 dimensions (B, channels, H, W); got shape {tuple(image.shape)}")
+    channels = weight.shape[1]
+    if image.shape[1] != channels:
+        raise ValueError(f"image must have as many channels as weight, {channels}; got shape {tuple(image.shape)}")
 
 
 def _check_parameters(
@@ -130,13 +124,3 @@ def _check_parameters(
     ):
         if tensor is not None:
             check_shape(name, tensor, weight.shape[:1], "(C)")
-
-
-def _check_visible(visible: Tensor, mask: Tensor) -> Tensor:
-    if not isinstance(visible, Tensor):
-        raise TypeError(f"visible must be a tensor; got {type(visible).__name__}")
-    if visible.dtype not in INTEGER_DTYPES[1:]:
-        raise TypeError(f"visible must have an integer dtype; got {visible.dtype}")
-    if visible.ndim != 2 or visible.shape[0] != mask.shape[0]:
-        raise ValueError(f"visible must have shape (B, K) with B = {mask.shape[0]}; got {tuple(visible.shape)}")
-    return visible.int()

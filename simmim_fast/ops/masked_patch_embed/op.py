@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.masked_patch_embed import reference
 
 # Sums over tokens go by chunks of 16 positions in 16 images: the chunks are added up first, then their sums.
@@ -28,10 +28,8 @@ WEIGHT_TILE_NUMBERS = 64
 MAX_NORM_CHANNELS = 1024
 
 
-def size_refusal(backend: str, *, device_type: str, channels: int, norm: bool) -> str | None:
-    """Why a backend does not take tensors of this device or so many channels; None where it does."""
-    if backend == "native" and device_type == "cuda":
-        return "there is no CUDA C++ for this op"
+def size_refusal(backend: str, *, channels: int, norm: bool) -> str | None:
+    """Why a backend does not take so many channels; None where it does."""
     if backend == "triton" and norm and channels > MAX_NORM_CHANNELS:
         return f"it takes a norm over at most {MAX_NORM_CHANNELS} channels; got {channels}"
     return None
@@ -252,6 +250,7 @@ def _bytes_moved_backward(
         compute_dtype,
         *gradient_dtypes,
     )
+    workspace += unrounded_nbytes(sum_dtype(grad_out.dtype), *results)
     return read + workspace, workspace + sum(result.nbytes for result in results)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.substitute_mask_tokens.reference import substitute_mask_tokens
 
 # Sums over tokens go by chunks of 16 positions in 16 images: the chunks are added up first, then their sums.
@@ -86,12 +86,13 @@ def _bytes_moved_backward(
     token_dtype: torch.dtype | None,
     pos_dtype: torch.dtype | None,
 ) -> tuple[int, int]:
-    """The partial sums are written once and read once."""
+    """The partial sums are written once and read once, and so are their sums where these are rounded."""
     token_partials, pos_partials = (math.prod(shape) for shape in partial_shapes(grad_out))
     partials = (token_partials if token_dtype else 0) + (pos_partials if pos_dtype else 0)
-    partials *= partial_dtype(grad_out.dtype).itemsize
+    dtype = partial_dtype(grad_out.dtype)
     results = _fake_backward(grad_out.to("meta"), mask, x_dtype, token_dtype, pos_dtype)
-    return grad_out.nbytes + mask.nbytes + partials, partials + sum(t.nbytes for t in results)
+    workspace = partials * dtype.itemsize + unrounded_nbytes(dtype, *results[1:])
+    return grad_out.nbytes + mask.nbytes + workspace, workspace + sum(t.nbytes for t in results)
 
 
 OP = define_op(
@@ -113,4 +114,5 @@ OP = define_op(
     setup_context=_setup_context,
     gradients=_gradients,
     backends={"native": None, "triton": "simmim_fast.ops.substitute_mask_tokens.kernels"},
+    native_devices=("cpu", "cuda"),
 )

@@ -1,0 +1,159 @@
+"""What every op owes whoever calls it, whatever it computes: the same few tests for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simmim_fast import ops, testing
+from simmim_fast.ops import OPS, bytes_moved
+from simmim_fast.testing import assert_equal, backend_keys, random_gradient, run
+from tests.ops.targets import OPERATORS, Target
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+# Per op: small arguments for a batch, by device and seed.
+INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "biased_attention": lambda batch, **kwargs: testing.biased_attention_inputs((batch, 7, 2, 16), **kwargs),
+    "linear_masked_loss": lambda batch, **kwargs: testing.linear_masked_loss_inputs(
+        (batch, 2, 3, 16, 4, 3), 4, **kwargs
+    ),
+    "masked_l1_loss": lambda batch, **kwargs: testing.masked_l1_loss_inputs((batch, 3, 8, 12), 4, **kwargs),
+    "masked_patch_embed": lambda batch, **kwargs: testing.masked_patch_embed_inputs((batch, 3, 4, 3, 4, 8), **kwargs),
+    "substitute_mask_tokens": lambda batch, **kwargs: testing.substitute_mask_tokens_inputs((batch, 3, 4, 8), **kwargs),
+}
+NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")
+
+every_op = pytest.mark.parametrize("op", OPS)
+on_operators = pytest.mark.parametrize("target", OPERATORS, indirect=True)
+on_gpu_code = pytest.mark.parametrize("target", [one for one in OPERATORS if one.id != "native"], indirect=True)
+
+
+def on(op: str, target: Target) -> Callable[..., Tensor]:
+    """The public function, bound to a backend; skipped where the op has no such kernel."""
+    device = "cuda" if target.cuda_on_host else target.device
+    if target.backend == "native" and device not in OPS[op].native_devices:
+        pytest.skip(f"there is no CUDA C++ for {op}")
+    return partial(getattr(ops, op), backend=target.backend)
+
+
+def differentiable(inputs: dict[str, Any]) -> list[str]:
+    """Names of the arguments that get a gradient."""
+    floating = (name for name, tensor in tensors_of(inputs).items() if tensor.is_floating_point())
+    return [name for name in floating if name not in NOT_DIFFERENTIABLE]
+
+
+class Call(nn.Module):
+    """An op as a module of its tensors, which is what torch.export takes."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.names = list(tensors_of(inputs))
+        self.function = partial(function, **{name: inputs[name] for name in inputs if name not in self.names})
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.function(**dict(zip(self.names, tensors, strict=True)))
+
+
+def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+@every_op
+@on_operators
+def test_vmap_is_refused(target: Target, op: str) -> None:
+    inputs = INPUTS[op](2, device=target.device)
+    function = on(op, target)
+    name, value = next(iter(inputs.items()))  # the activations come first
+    with pytest.raises(RuntimeError, match="cannot be vmapped: put the axis into the batch"):
+        torch.func.vmap(lambda one: function(**inputs | {name: one}))(torch.stack([value, value]))
+
+
+@every_op
+@on_operators
+def test_exports_with_a_dynamic_batch(target: Target, op: str) -> None:
+    function = on(op, target)
+    inputs, others = INPUTS[op](5, device=target.device), INPUTS[op](11, device=target.device, seed=1)
+    batch = torch.export.Dim("batch")
+    tensors = tuple(tensors_of(inputs).values())
+    shapes = tuple({0: batch} if tensor.shape[0] == 5 else None for tensor in tensors)
+    program = torch.export.export(Call(function, inputs), tensors, dynamic_shapes={"tensors": shapes})
+    assert f"simmim_fast.{op}_{target.backend}" in str(program.graph)
+    assert_equal(program.module()(*tensors_of(others).values()), function(**others), "out")
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """One call of an operator of this library.
+
+    Attributes:
+        operator: Which one.
+        args: Its arguments.
+        given: Bytes of the tensors among them.
+        born: Bytes of the memory that came into being during the call.
+        scratch: How much of it is not returned.
+    """
+
+    operator: OpOverloadPacket
+    args: tuple
+    given: int
+    born: int
+    scratch: int
+
+
+class Traffic(TorchDispatchMode):
+    """Notes every call of an operator of this library, and the memory that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OperatorCall] = []
+        self._memory: dict[int, int] | None = None  # address -> bytes, inside an operator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "simmim_fast":
+            return self._operator(func, args)
+        result = func(*args, **(kwargs or {}))
+        if self._memory is not None:
+            known = memory(args)
+            self._memory.update({at: size for at, size in memory(result).items() if at not in known})
+        return result
+
+    def _operator(self, func: Any, args: tuple) -> Any:
+        self._memory = {}
+        with self:
+            result = func.redispatch(backend_keys(args), *args)
+        born, kept = sum(self._memory.values()), sum(memory(result).values())
+        self._memory = None
+        self.calls.append(OperatorCall(func.overloadpacket, args, sum(memory(args).values()), born, born - kept))
+        return result
+
+
+def memory(values: Any) -> dict[int, int]:
+    """Address and bytes of the storage behind every tensor."""
+    storages = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@every_op
+@on_gpu_code
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch.dtype) -> None:
+    """At least the inputs and workspaces are read; written is what is allocated, no more and no less."""
+    inputs = INPUTS[op](4, dtype=dtype, device=target.device)
+    grad_out = random_gradient(on(op, target), inputs)
+    with Traffic() as traffic:
+        run(on(op, target), inputs, grad_out, differentiable(inputs))
+    assert len(traffic.calls) == 2, "forward and backward"
+    for call in traffic.calls:
+        read, written = bytes_moved(call.operator, *call.args)
+        assert written == call.born, f"{call.operator} registers {written} bytes written, {call.born} came into being"
+        assert read >= call.given + call.scratch, f"{call.operator} reads less than its inputs and workspaces"
