@@ -5,13 +5,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.ready
 NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/*.cu)
 
 # Two workers are two cores; each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-abi check format wheel bench clean
+.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,14 @@ test-long: $(SETUP) ## the slow tests: inductor, every offline compilation, inst
 test-gpu: $(SETUP) ## the kernels on an NVIDIA GPU
 	@echo "== running the GPU tests"
 	@$(BIN)/python -m pytest -m gpu
+
+fuzz: $(SETUP) ## 500 random shapes an op, backend by backend
+	@echo "== fuzzing the ops"
+	@$(PYTEST) tests/ops -m "fuzz and not gpu" --hypothesis-profile=many
+	@TRITON_INTERPRET=1 $(PYTEST) tests/ops -m "fuzz and interpreted" --hypothesis-profile=many
+
+sanitize: $(SETUP) ## the kernels under compute-sanitizer, on an NVIDIA GPU
+	@$(BIN)/python tests/sanitize.py
 
 test-abi: $(SETUP) ## wheels across torch versions, in throw-away environments (downloads two torches)
 	@echo "== building and loading wheels across torch versions"

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from simmim_fast import _native
-from tests.ops.offline import TOOLS
+from simmim_fast.testing.offline import TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simmim_fast"

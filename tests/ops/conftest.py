@@ -6,11 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from simmim_fast import _native
 from simmim_fast._backends import TRITON_INTERPRETED
 from tests import host_cuda
 from tests.ops.targets import TARGETS, Target
+
+# "few" examples are the same in every run; `make fuzz` draws "many". A fixture of a function's scope, which hypothesis
+# warns of, holds nothing here that an example changes.
+for _profile, _examples, _same in (("few", 25, True), ("many", 500, False)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        derandomize=_same,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,4 @@ OPERATORS = [
 ]
 TARGETS = [pytest.param(Target("reference"), id="reference"), *OPERATORS]
 
-# Examples are the same in every run; a function-scoped fixture holds nothing that an example changes.
-FUZZ = settings(
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FUZZ = pytest.mark.fuzz  # boundary shapes from hypothesis, as many as the profile in conftest.py says

@@ -28,12 +28,13 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
+    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import biased_attention_inputs as make_inputs
-from tests.ops import offline, targets
+from tests.ops import targets
 from tests.ops.targets import FUZZ, Target
 
 # There is no CUDA C++ for this op.

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from simmim_fast import ops, testing
 from simmim_fast.ops import OPS, bytes_moved
-from simmim_fast.testing import assert_equal, backend_keys, random_gradient, run
-from tests.ops.targets import OPERATORS, Target
+from simmim_fast.testing import assert_equal, assert_matches, assert_repeats, backend_keys, random_gradient, run
+from tests.ops.targets import GPU_OPERATORS, OPERATORS, Target
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -35,6 +35,7 @@ NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")
 
 every_op = pytest.mark.parametrize("op", OPS)
 on_operators = pytest.mark.parametrize("target", OPERATORS, indirect=True)
+on_gpu = pytest.mark.parametrize("target", GPU_OPERATORS, indirect=True)
 on_gpu_code = pytest.mark.parametrize("target", [one for one in OPERATORS if one.id != "native"], indirect=True)
 
 
@@ -157,3 +158,23 @@ def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch
         read, written = bytes_moved(call.operator, *call.args)
         assert written == call.born, f"{call.operator} registers {written} bytes written, {call.born} came into being"
         assert read >= call.given + call.scratch, f"{call.operator} reads less than its inputs and workspaces"
+
+
+@pytest.mark.sanitize
+@every_op
+@on_gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_small_case(target: Target, op: str, dtype: torch.dtype) -> None:
+    """One small case of every kernel, for compute-sanitizer: `make sanitize`."""
+    inputs = INPUTS[op](3, dtype=dtype, device=target.device)
+    assert_matches(
+        on(op, target), partial(getattr(ops, op), backend="reference"), inputs, wanted=differentiable(inputs)
+    )
+
+
+@every_op
+@on_gpu
+def test_repeats_250_times(target: Target, op: str) -> None:
+    inputs = INPUTS[op](3, dtype=BF16, device=target.device)
+    grad_out = random_gradient(on(op, target), inputs)
+    assert_repeats(partial(run, on(op, target), inputs, grad_out, differentiable(inputs)), times=250)

@@ -27,12 +27,13 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
+    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import linear_masked_loss_inputs as make_inputs
-from tests.ops import offline, targets
+from tests.ops import targets
 from tests.ops.targets import FUZZ, Target
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8

@@ -25,12 +25,12 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
+    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import masked_l1_loss_inputs as make_inputs
-from tests.ops import offline
 from tests.ops.targets import FUZZ, GPU_OPERATORS, OPERATORS, TARGETS, Target
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8

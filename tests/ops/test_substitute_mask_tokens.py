@@ -25,12 +25,12 @@ from simmim_fast.testing import (
     assert_matches,
     assert_repeats,
     assert_right,
+    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import substitute_mask_tokens_inputs as make_inputs
-from tests.ops import offline
 from tests.ops.targets import FUZZ, GPU_OPERATORS, OPERATORS, Target
 
 COPIES = ("out", "grad_x")

@@ -1,0 +1,46 @@
+"""Inputs and error budgets, shared by tests and benchmarks."""
+
+from simmim_fast.testing.guards import Guards, backend_keys
+from simmim_fast.testing.inputs import (
+    biased_attention_inputs,
+    linear_masked_loss_inputs,
+    masked_l1_loss_inputs,
+    masked_patch_embed_inputs,
+    permuted,
+    random_tensor,
+    shifted_window_attention_inputs,
+    substitute_mask_tokens_inputs,
+)
+from simmim_fast.testing.rules import (
+    assert_equal,
+    assert_ignores_threads,
+    assert_matches,
+    assert_repeats,
+    assert_right,
+    assert_within_budget,
+    random_gradient,
+    relative_error,
+    run,
+)
+
+__all__ = [
+    "Guards",
+    "assert_equal",
+    "assert_ignores_threads",
+    "assert_matches",
+    "assert_repeats",
+    "assert_right",
+    "assert_within_budget",
+    "backend_keys",
+    "biased_attention_inputs",
+    "linear_masked_loss_inputs",
+    "masked_l1_loss_inputs",
+    "masked_patch_embed_inputs",
+    "permuted",
+    "random_gradient",
+    "random_tensor",
+    "relative_error",
+    "run",
+    "shifted_window_attention_inputs",
+    "substitute_mask_tokens_inputs",
+]
