@@ -19,8 +19,10 @@ def devices() -> list[str]:
     return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
-def time_call(benchmark: BenchmarkFixture, calls: Sequence[Callable[[], Any]], device: str, nbytes: int = 0) -> None:
-    """Time calls that do the same on different inputs, in turn, and note µs, GB/s and the conditions beside the row.
+def time_call(
+    benchmark: BenchmarkFixture, calls: Sequence[Callable[[], Any]], device: str, nbytes: int = 0, flops: int = 0
+) -> None:
+    """Time calls that do the same on different inputs, in turn, and note µs, rates and the conditions beside the row.
 
     On CUDA the clock includes a synchronisation; the median time on the device is noted beside it.
 
@@ -29,6 +31,7 @@ def time_call(benchmark: BenchmarkFixture, calls: Sequence[Callable[[], Any]], d
         calls: Each is called once before the clock starts.
         device: "cpu" or "cuda".
         nbytes: Bytes that one call must move.
+        flops: Floating-point operations that one call must do.
     """
     for call in calls:
         call()
@@ -50,6 +53,8 @@ def time_call(benchmark: BenchmarkFixture, calls: Sequence[Callable[[], Any]], d
     benchmark.extra_info["us"] = round(microseconds, 2)
     if nbytes:
         benchmark.extra_info["gb_per_s"] = round(nbytes / microseconds / 1e3, 1)
+    if flops:
+        benchmark.extra_info["gflop_per_s"] = round(flops / microseconds / 1e3, 1)
     facts = collect()
     benchmark.extra_info |= {"device": device, "threads": torch.get_num_threads(), "gpus": facts["gpus"]}
     benchmark.extra_info |= facts["versions"]

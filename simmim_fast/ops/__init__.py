@@ -1,6 +1,6 @@
 """The ops: one folder each, with the public function, its plain PyTorch reference and its kernels."""
 
-from simmim_fast.ops._registration import OPS, bytes_moved, register_flop_formulas
+from simmim_fast.ops._registration import OPS, bytes_moved, flops, register_flop_formulas
 from simmim_fast.ops.biased_attention import biased_attention
 from simmim_fast.ops.linear_masked_loss import linear_masked_loss
 from simmim_fast.ops.masked_l1_loss import masked_l1_loss
@@ -11,6 +11,7 @@ __all__ = [
     "OPS",
     "biased_attention",
     "bytes_moved",
+    "flops",
     "linear_masked_loss",
     "masked_l1_loss",
     "masked_patch_embed",

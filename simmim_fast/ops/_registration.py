@@ -85,6 +85,15 @@ def bytes_moved(operator: OpOverloadPacket, *args: Any) -> tuple[int, int]:
     return _DIRECTIONS[operator].bytes_moved(*args)
 
 
+def flops(operator: OpOverloadPacket, *args: Any) -> int:
+    """Floating-point operations of a call of a registered operator, as `FlopCounterMode` counts them.
+
+    Raises:
+        KeyError: The operator is not one of this library's.
+    """
+    return _DIRECTIONS[operator].flops(*args)
+
+
 def unrounded_nbytes(sum_dtype: torch.dtype, *results: torch.Tensor) -> int:
     """Bytes of second-stage sums that are written in their own dtype, then read to be rounded to the results'."""
     return sum(result.numel() * sum_dtype.itemsize for result in results if result.dtype != sum_dtype)

@@ -1,0 +1,83 @@
+"""The benchmark of one op, the same for all: every contestant on every case, checked, then timed.
+
+A row's GB/s and GFLOP/s are what the op itself must move and compute, over the time, whoever computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.cases import BATCH, CASES, DTYPES, Case
+from benchmarks.contestants import Absent, Function, contestant, eager, names
+from benchmarks.cost import cost
+from benchmarks.measure import ROTATION, devices, time_call
+from simmim_fast.testing import random_gradient, relative_error
+
+# Largest relative L2 distance of a contestant's output from the eager one's.
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def contest(op: str) -> Callable[[Callable], Callable]:
+    """Parametrise a benchmark by contestant, case, dtype and device."""
+
+    def decorate(test: Callable) -> Callable:
+        for name, values in (("name", names(op)), ("case", CASES[op].values()), ("dtype", DTYPES)):
+            ids = [value.name if isinstance(value, Case) else value for value in values]
+            test = pytest.mark.parametrize(name, values, ids=ids)(test)
+        return pytest.mark.parametrize("device", devices())(test)
+
+    return decorate
+
+
+def time_forward(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str, device: str) -> None:
+    """One forward without autograd's graph."""
+    benchmark.group = f"{case.op} forward {case.name} {dtype} {device}"
+    function, sets = _prepared(name, case, dtype, device)
+    forward, _ = cost(case, BATCH[device], DTYPES[dtype])
+    with torch.no_grad():
+        time_call(benchmark, [partial(function, **inputs) for inputs in sets], device, *forward)
+
+
+def time_training(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str, device: str) -> None:
+    """One forward and its backward; the gradient of the output is made outside the clock."""
+    benchmark.group = f"{case.op} forward and backward {case.name} {dtype} {device}"
+    function, sets = _prepared(name, case, dtype, device)
+    calls = []
+    for inputs in sets:
+        grad_out = random_gradient(eager(case.op), inputs)
+        calls.append(partial(_train, function, inputs, case.leaves(inputs), grad_out))
+    work = [sum(both) for both in zip(*cost(case, BATCH[device], DTYPES[dtype]), strict=True)]
+    time_call(benchmark, calls, device, *work)
+
+
+def time_host(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str, device: str) -> None:
+    """One call with autograd on one image, of the smallest case: mostly the way to the kernel."""
+    benchmark.group = f"{case.op} host overhead {device}"
+    function, sets = _prepared(name, case, dtype, device, batch=1)
+    time_call(benchmark, [partial(function, **inputs) for inputs in sets], device)
+
+
+def _prepared(
+    name: str, case: Case, dtype: str, device: str, batch: int | None = None
+) -> tuple[Function, list[dict[str, Any]]]:
+    """The contestant, which agrees with eager, and sets of inputs that take turns."""
+    batch = batch or BATCH[device]
+    sets = [case.inputs(batch, DTYPES[dtype], device, seed) for seed in range(ROTATION)]
+    try:
+        function = contestant(case.op, name, device, DTYPES[dtype])
+    except Absent as absent:
+        pytest.skip(f"{name} is off on {device}: {absent}")
+    with torch.no_grad():
+        distance = relative_error(function(**sets[0]), eager(case.op)(**sets[0]))
+    assert distance <= AGREEMENT[DTYPES[dtype]], f"{name} is wrong by {distance:.2g} and is not timed"
+    return function, sets
+
+
+def _train(function: Function, inputs: dict[str, Any], leaves: list[torch.Tensor], grad_out: torch.Tensor) -> None:
+    torch.autograd.grad(function(**inputs), leaves, grad_out)

@@ -1,0 +1,95 @@
+"""Who computes an op: its reference eager and compiled, what else people use, and its backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simmim_fast import ops
+from simmim_fast._backends import BACKENDS, choose
+from simmim_fast.ops import OPS
+
+Function = Callable[..., Tensor]
+
+
+class Absent(Exception):
+    """A contestant cannot run here; the message says why."""
+
+
+def blend(x: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None = None) -> Tensor:
+    """The official formula of mask tokens (microsoft/SimMIM, models/simmim.py)."""
+    weight = mask[..., None].type_as(mask_token)
+    x = x * (1 - weight) + mask_token * weight
+    return x if pos_embed is None else x + pos_embed
+
+
+def convolution(
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask_token: Tensor,
+    pos_embed: Tensor | None,
+    **unused: Any,
+) -> Tensor:
+    """Patch embedding by the operators that a model has without this op; all patches are embedded."""
+    x = F.conv2d(image, weight, bias, stride=weight.shape[3]).permute(0, 2, 3, 1)
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[3:], norm_weight, norm_bias)
+    x = torch.where(mask[..., None], mask_token, x)
+    return x if pos_embed is None else x + pos_embed
+
+
+def sdpa(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    """PyTorch's own fused attention, which takes the bias as a mask of the queries' dtype."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = bias.to(q.dtype).expand(qkv.shape[0], -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+# What takes the reference's place as "eager" and, compiled, as "compiled": what a model does without the op.
+_EAGER: dict[str, Function] = {"masked_patch_embed": convolution}
+_PEERS: dict[str, dict[str, Function]] = {
+    "substitute_mask_tokens": {"blend": blend},
+    "biased_attention": {"sdpa": sdpa},
+}
+
+
+def eager(op: str) -> Function:
+    """What a model calls without the op."""
+    return _EAGER.get(op) or partial(getattr(ops, op), backend="reference")
+
+
+def names(op: str) -> tuple[str, ...]:
+    """Everyone who may compute an op."""
+    return ("eager", "compiled", *_PEERS.get(op, ()), *(name for name in BACKENDS if name != "reference"))
+
+
+def contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
+    """A function of the op's arguments.
+
+    "compiled" is compiled anew for each call of this function: one compiled function serves other shapes badly, and a
+    win over it would be none.
+
+    Raises:
+        Absent: It cannot run here.
+    """
+    if name == "eager":
+        return eager(op)
+    if name == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(eager(op), fullgraph=True, dynamic=False)
+    if name in _PEERS.get(op, {}):
+        return _PEERS[op][name]
+    try:
+        choose(OPS[op], name, torch.device(device), dtype)
+    except RuntimeError as error:
+        raise Absent(str(error)) from error
+    return partial(getattr(ops, op), backend=name)

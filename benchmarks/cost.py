@@ -1,0 +1,53 @@
+"""What a case must cost: the operators that it calls, the bytes that they move, their floating-point operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverloadPacket
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.cases import Case
+from simmim_fast import ops
+from simmim_fast.ops import bytes_moved, flops
+
+Call = tuple[OpOverloadPacket, tuple]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "simmim_fast":
+            self.calls.append((func.overloadpacket, args))
+        return func(*args, **(kwargs or {}))
+
+
+def operator_calls(case: Case, batch: int, dtype: torch.dtype) -> tuple[Call, Call]:
+    """The operator of the forward and of the backward, with fake arguments: nothing is computed."""
+    with FakeTensorMode() as mode:
+        real = case.inputs(batch, dtype, "meta")
+        inputs = {name: _fake(value, mode) for name, value in real.items()}
+        with _Recorder() as recorder:
+            out = getattr(ops, case.op)(**inputs, backend="native")
+            torch.autograd.grad(out, case.leaves(inputs), torch.empty_like(out))
+    forward, backward = recorder.calls
+    return forward, backward
+
+
+def cost(case: Case, batch: int, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(bytes, FLOPs) of the forward and of the backward, as the op registers them for CUDA."""
+    forward, backward = operator_calls(case, batch, dtype)
+    return tuple((sum(bytes_moved(operator, *args)), flops(operator, *args)) for operator, args in (forward, backward))
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    return fake.requires_grad_(value.requires_grad)
