@@ -61,7 +61,7 @@ sanitize: $(SETUP) ## the kernels under compute-sanitizer, on an NVIDIA GPU
 
 test-abi: $(SETUP) ## wheels across torch versions, in throw-away environments (downloads two torches)
 	@echo "== building and loading wheels across torch versions"
-	@$(BIN)/python tests/abi.py
+	@$(BIN)/python -m tests.abi
 
 check: $(SETUP) ## style, without rewriting
 	@echo "== checking style"
@@ -76,6 +76,7 @@ format: $(SETUP) ## rewrite to style
 
 wheel: $(SETUP) ## build dist/*.whl with the compiled parts
 	@echo "== building the wheel"
+	@rm -rf build/lib* build/bdist*  # or modules that are gone would be packed again
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@ls -l dist
 
@@ -84,4 +85,4 @@ bench: $(SETUP) ## time the ops
 
 clean: ## remove what was built and what was run
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf simmim_fast/lib simmim_fast/_C.*
+	rm -rf simmim_fast/lib simmim_fast/_C.* $(SETUP)

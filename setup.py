@@ -11,6 +11,7 @@ fail where nvcc is missing), SIMMIM_FAST_REQUIRE_EXT (1: fail instead of install
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
@@ -70,7 +72,7 @@ def find_torch() -> tuple[Path, str]:
     spec = importlib.util.find_spec("torch")
     folder = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("purelib"), "torch")
     if not (folder / "version.py").exists():
-        raise Missing(f"no torch in {folder.parent}; install torch, then this package with --no-build-isolation")
+        raise Missing(f"no torch in {folder.parent}; install torch first, then this package again")
     version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())[1]
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 11):
         raise Missing(f"torch {version} is too old; 2.11 is the oldest that works")
@@ -95,7 +97,10 @@ def cuda_architectures(nvcc: str) -> list[str]:
     if not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture) for architecture in architectures):
         raise PlatformError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as {ARCHITECTURES}, got {wish}")
     known = output_of([nvcc, "--list-gpu-code"]).split()
-    return [one for one in architectures if wish or "sm_" + re.sub(r"\D", "", one) in known]
+    chosen = [one for one in architectures if wish or "sm_" + re.sub(r"\D", "", one) in known]
+    if not chosen:
+        raise Missing(f"{nvcc} knows none of the architectures {ARCHITECTURES}; name others in TORCH_CUDA_ARCH_LIST")
+    return chosen
 
 
 def code_flag(architecture: str) -> str:
@@ -134,9 +139,16 @@ class Library:
         return WORK / Path(self.path).name
 
 
-def cpu_libraries(toolchain: Toolchain) -> list[Library]:
-    import pybind11
+def build_requirement(name: str) -> ModuleType:
+    """A package of pyproject's build requirements; missing only where pip was told not to isolate the build."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise PlatformError(f"simmim_fast: --no-build-isolation needs {name}: pip install {name}") from error
 
+
+def cpu_libraries(toolchain: Toolchain) -> list[Library]:
+    pybind11 = build_requirement("pybind11")
     compiler = quote(*toolchain.compiler)
     python = quote("-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-I", WORK, "-I", CSRC)
     link_flags = quote("-L", toolchain.torch / "lib", "-ltorch_cpu", "-Wl,-z,defs")
@@ -154,7 +166,8 @@ def cuda_library(toolchain: Toolchain, nvcc: str, architectures: list[str]) -> L
     stub.parent.mkdir(parents=True, exist_ok=True)
     output_of([*toolchain.compiler, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull, "-o", str(stub)])
     codes = quote(*map(code_flag, architectures))
-    flags = f"{NVCC_FLAGS} -ccbin {quote(toolchain.compiler[-1])} {codes} {stable_abi(toolchain)}"
+    host = quote("-ccbin", toolchain.compiler[0], *(f"-Xcompiler={flag}" for flag in toolchain.compiler[1:]))
+    flags = f"{NVCC_FLAGS} {host} {codes} {stable_abi(toolchain)}"
     folders = quote(f"-L{stub.parent}", f"-L{toolchain.torch}/lib")
     link_flags = f"{codes} -Xlinker=--no-as-needed {folders} -ltorch_cuda -ltorch_cpu"
     return Library("lib/ops_cuda.so", sorted(CSRC.glob("cuda/*.cu")), quote(nvcc), flags, link_flags)
@@ -186,11 +199,10 @@ def compile_libraries(toolchain: Toolchain) -> list[Library]:
 
 
 def run_ninja(libraries: list[Library]) -> None:
-    import ninja
-    from ninja.ninja_syntax import Writer
-
+    ninja = build_requirement("ninja")
+    syntax = build_requirement("ninja.ninja_syntax")
     with open(WORK / "build.ninja", "w") as file:
-        writer = Writer(file, width=120)
+        writer = syntax.Writer(file, width=120)
         writer.rule("compile", "$compiler $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         writer.rule("link", "$compiler -shared $in -o $out $flags")
         for library in libraries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import Case
-from benchmarks.contest import contest, time_forward, time_host, time_training
+from benchmarks.contest import contest, contestants, time_forward, time_host, time_training
 
 OP = "masked_patch_embed"
 
@@ -20,6 +20,6 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, name: str, case: Case
     time_training(benchmark, name, case, dtype, device)
 
 
-@contest(OP)
-def test_host_overhead(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str, device: str) -> None:
-    time_host(benchmark, name, case, dtype, device)
+@contestants(OP)
+def test_host_overhead(benchmark: BenchmarkFixture, name: str, device: str) -> None:
+    time_host(benchmark, OP, name, device)

@@ -17,20 +17,27 @@ from benchmarks.cases import BATCH, CASES, DTYPES, Case
 from benchmarks.contestants import Absent, Function, contestant, eager, names
 from benchmarks.cost import cost
 from benchmarks.measure import ROTATION, devices, time_call
-from simmim_fast.testing import random_gradient, relative_error
+from simmim_fast.testing import differentiable, random_gradient, relative_error, small_inputs
 
 # Largest relative L2 distance of a contestant's output from the eager one's.
 AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def contestants(op: str) -> Callable[[Callable], Callable]:
+    """Parametrise a benchmark by contestant and device."""
+
+    def decorate(test: Callable) -> Callable:
+        return pytest.mark.parametrize("device", devices())(pytest.mark.parametrize("name", names(op))(test))
+
+    return decorate
 
 
 def contest(op: str) -> Callable[[Callable], Callable]:
     """Parametrise a benchmark by contestant, case, dtype and device."""
 
     def decorate(test: Callable) -> Callable:
-        for name, values in (("name", names(op)), ("case", CASES[op].values()), ("dtype", DTYPES)):
-            ids = [value.name if isinstance(value, Case) else value for value in values]
-            test = pytest.mark.parametrize(name, values, ids=ids)(test)
-        return pytest.mark.parametrize("device", devices())(test)
+        cases = pytest.mark.parametrize("case", CASES[op].values(), ids=CASES[op])
+        return contestants(op)(cases(pytest.mark.parametrize("dtype", DTYPES)(test)))
 
     return decorate
 
@@ -56,23 +63,26 @@ def time_training(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str
     time_call(benchmark, calls, device, *work)
 
 
-def time_host(benchmark: BenchmarkFixture, name: str, case: Case, dtype: str, device: str) -> None:
-    """One call with autograd on one image, of the smallest case: mostly the way to the kernel."""
-    benchmark.group = f"{case.op} host overhead {device}"
-    function, sets = _prepared(name, case, dtype, device, batch=1)
-    time_call(benchmark, [partial(function, **inputs) for inputs in sets], device)
+def time_host(benchmark: BenchmarkFixture, op: str, name: str, device: str) -> None:
+    """One call with autograd on so few elements that only the way to the kernel takes time."""
+    benchmark.group = f"{op} host overhead {device}"
+    inputs = small_inputs(op, 1, device=device)
+    for leaf in differentiable(inputs):
+        inputs[leaf].requires_grad_()
+    time_call(benchmark, [partial(_contestant(op, name, device, torch.float32), **inputs)], device)
 
 
-def _prepared(
-    name: str, case: Case, dtype: str, device: str, batch: int | None = None
-) -> tuple[Function, list[dict[str, Any]]]:
-    """The contestant, which agrees with eager, and sets of inputs that take turns."""
-    batch = batch or BATCH[device]
-    sets = [case.inputs(batch, DTYPES[dtype], device, seed) for seed in range(ROTATION)]
+def _contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
     try:
-        function = contestant(case.op, name, device, DTYPES[dtype])
+        return contestant(op, name, device, dtype)
     except Absent as absent:
         pytest.skip(f"{name} is off on {device}: {absent}")
+
+
+def _prepared(name: str, case: Case, dtype: str, device: str) -> tuple[Function, list[dict[str, Any]]]:
+    """The contestant, which agrees with eager, and sets of inputs that take turns."""
+    sets = [case.inputs(BATCH[device], DTYPES[dtype], device, seed) for seed in range(ROTATION)]
+    function = _contestant(case.op, name, device, DTYPES[dtype])
     with torch.no_grad():
         distance = relative_error(function(**sets[0]), eager(case.op)(**sets[0]))
     assert distance <= AGREEMENT[DTYPES[dtype]], f"{name} is wrong by {distance:.2g} and is not timed"

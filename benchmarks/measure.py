@@ -44,6 +44,8 @@ def time_call(
 
     timed()
     benchmark(timed)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
     microseconds = benchmark.stats.stats.median * 1e6
     if device == "cuda":
         import triton

@@ -26,24 +26,19 @@ struct ForwardArgs {
   int64_t channels;
 };
 
-// One chunk covers `batch` images at `positions` positions, at most 256 tokens. Chunks depend on the shape alone, not
-// on the number of threads, so a sum repeats bit for bit.
+// The chunks of CHUNK_IMAGES by CHUNK_POSITIONS in simmim_fast/ops/substitute_mask_tokens/op.py. They depend on the
+// shape alone, not on the number of threads, so a sum repeats bit for bit.
 struct Chunks {
-  static constexpr int64_t kTokens = 256;
-  static constexpr int64_t kBatch = 32;
+  static constexpr int64_t kImages = 16;
+  static constexpr int64_t kPositions = 16;
 
-  int64_t batch = 1;         // images per chunk
-  int64_t positions = 1;     // positions per chunk
-  int64_t of_batch = 0;      // chunks along the batch
-  int64_t of_positions = 0;  // chunks along the positions
+  int64_t of_images;     // chunks along the batch
+  int64_t of_positions;  // chunks along the positions
 
-  Chunks(int64_t all_batch, int64_t all_positions)
-      : batch(std::clamp<int64_t>(all_batch, 1, kBatch)),
-        positions(kTokens / batch),
-        of_batch((all_batch + batch - 1) / batch),
-        of_positions((all_positions + positions - 1) / positions) {}
+  Chunks(int64_t images, int64_t positions)
+      : of_images((images + kImages - 1) / kImages), of_positions((positions + kPositions - 1) / kPositions) {}
 
-  int64_t count() const { return of_batch * of_positions; }
+  int64_t count() const { return of_images * of_positions; }
 };
 
 template <typename X, typename Out>
@@ -120,9 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   check_shape(mask, "mask", {batch, height, width});
   check_same_device(mask, "mask", grad_out, "grad_out");
   const Tensor from = dense(grad_out), selected = dense(mask);
-  // Without a gradient of the positions, all tokens are one run, as if of a single image.
-  const int64_t images = pos_dtype ? batch : 1, positions = pos_dtype ? height * width : batch * height * width;
-  const Chunks chunks(images, positions);
+  const Chunks chunks(batch, height * width);
   const ScalarType dtype = grad_out.scalar_type(), x_kernel_dtype = kernel_dtype(x_dtype.value_or(dtype), dtype);
   const ScalarType sum_dtype = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const auto allocate = [&](bool wanted, std::initializer_list<int64_t> shape, ScalarType of) {
@@ -130,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   };
   const Tensor grad_x = allocate(bool(x_dtype), {batch, height, width, channels}, x_kernel_dtype);
   const Tensor token_partials = allocate(bool(token_dtype), {chunks.count(), channels}, sum_dtype);
-  const Tensor pos_partials = allocate(bool(pos_dtype), {chunks.of_batch, height, width, channels}, sum_dtype);
+  const Tensor pos_partials = allocate(bool(pos_dtype), {chunks.of_images, height, width, channels}, sum_dtype);
   dispatch(x_kernel_dtype, dtype, [&](auto x_type, auto out_type) {
     using X = typename decltype(x_type)::type;
     using Out = typename decltype(out_type)::type;
@@ -138,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     run(BackwardArgs<X, Out>{
         from.const_data_ptr<Out>(), selected.const_data_ptr<bool>(), x_dtype ? grad_x.mutable_data_ptr<X>() : nullptr,
         token_dtype ? token_partials.mutable_data_ptr<Partial>() : nullptr,
-        pos_dtype ? pos_partials.mutable_data_ptr<Partial>() : nullptr, images, positions, channels, chunks});
+        pos_dtype ? pos_partials.mutable_data_ptr<Partial>() : nullptr, batch, height * width, channels, chunks});
   });
   const auto unwanted = [&] { return torch::stable::new_empty(grad_out, {0}); };
   return {x_dtype ? dense(grad_x, *x_dtype) : unwanted(),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from simmim_fast import _native
 
@@ -22,6 +23,7 @@ ENVIRONMENT_VARIABLE = "SIMMIM_FAST_BACKEND"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 TRITON_CAPABILITY = (8, 0)
+NO_CUDA_DEVICE = "PyTorch sees no CUDA device"
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
@@ -42,16 +44,26 @@ class Op:
     native_devices: tuple[str, ...]
 
 
-def _no_refusal(op: Op, device: torch.device) -> str | None:
-    return None
-
-
 def _native_refusal(op: Op, device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it takes CPU and CUDA tensors, not {device.type}"
     if device.type not in op.native_devices:
         return f"there is no {'CUDA ' if device.type == 'cuda' else ''}C++ for this op"
-    return _native.why_not(device.type)
+    return _native.why_not(device.type) or (_architecture_refusal(device) if device.type == "cuda" else None)
+
+
+def _architecture_refusal(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return NO_CUDA_DEVICE
+    major, minor = _capability(device)
+    if _native.runs_on((major, minor)):
+        return None
+    return f"it is not compiled for compute capability {major}.{minor}, which {device} has: see `simmim-fast info`"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)  # torch.compile knows it as a constant
+    return properties.major, properties.minor
 
 
 def _triton_refusal(op: Op, device: torch.device) -> str | None:
@@ -68,25 +80,35 @@ def _triton_refusal(op: Op, device: torch.device) -> str | None:
 
 def _capability_refusal(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
+        return NO_CUDA_DEVICE
+    capability = _capability(device)
     if capability < TRITON_CAPABILITY:
         return f"it needs compute capability {TRITON_CAPABILITY}, {device} has {capability}"
     return None
 
 
-_REFUSALS = {"reference": _no_refusal, "native": _native_refusal, "triton": _triton_refusal}
-BACKENDS = tuple(_REFUSALS)
+_REFUSALS = {"native": _native_refusal, "triton": _triton_refusal}
+BACKENDS = ("reference", *_REFUSALS)
 
 
 def refusal(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on activations of this device and dtype; None where it can."""
     if backend not in op.implementations:
         return f"{op.name} has no {backend} implementation"
-    if backend != "reference" and dtype not in FLOAT_DTYPES:
+    if backend == "reference":
+        return None
+    if dtype not in FLOAT_DTYPES:
         return f"it has no kernel for {dtype}"
+    if _inside_a_transform():
+        return "its kernels have a first derivative in reverse mode alone: no torch.func transform, no forward mode"
     return _REFUSALS[backend](op, device)
+
+
+def _inside_a_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way; they would miss a derivative."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _takes_any_size(backend: str) -> None:
@@ -125,14 +147,14 @@ def choose(
         source, wish = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if wish == "auto":
         return next(name for name in _AUTO_ORDER.get(device.type, ("reference",)) if reason(name) is None)
-    if wish not in BACKENDS:
+    if not isinstance(wish, str) or wish not in BACKENDS:
         raise ValueError(_unknown_backend(source, wish))
     if (refused := reason(wish)) is not None:
         raise RuntimeError(f"{op.name}: {source}={wish!r} cannot run here: {refused}")
     return wish
 
 
-def _unknown_backend(source: str, wish: str) -> str:
+def _unknown_backend(source: str, wish: object) -> str:
     names = ("auto", *BACKENDS)
-    nearest = difflib.get_close_matches(wish, names, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(str(wish), names, n=1, cutoff=0.0)[0]
     return f"{source} must be one of {', '.join(names)}; got {wish!r} (did you mean {nearest!r}?)"

@@ -7,6 +7,7 @@ has a reason. setup.py builds all three, or leaves the reason in `lib/not_built.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -59,6 +60,14 @@ def _load_cuda() -> str | None:
     return _load("ops_cuda.so")
 
 
+def _architectures() -> tuple[tuple[tuple[int, int], str], ...]:
+    """Version and kind ("", "ptx" or the suffix) of each architecture of the CUDA library."""
+    names = _C.build_info()["cuda_architectures"] if _C is not None else ""
+    parts = re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", names)
+    return tuple(((int(major), int(minor)), "ptx" if ptx else suffix) for major, minor, suffix, ptx in parts)
+
+
+_ARCHITECTURES = _architectures()
 _WHY_NOT = {"cpu": _load_cpu(), "cuda": _load_cuda()}
 
 
@@ -81,6 +90,18 @@ def build_info() -> dict[str, str | None]:
     """
     reason = _why_not_compiled()
     return {"reason": reason} if reason is not None else {"reason": None, **_C.build_info()}
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA library has code for a GPU of this compute capability.
+
+    Machine code runs on its own major version from its minor on, with a suffix ("9.0a") on its own version alone; PTX
+    is compiled for whatever is newer.
+    """
+    return any(
+        capability == own or (kind == "ptx" and capability > own) or (kind == "" and own < capability < (own[0] + 1, 0))
+        for own, kind in _ARCHITECTURES
+    )
 
 
 def simd_level() -> str | None:

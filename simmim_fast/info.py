@@ -14,10 +14,8 @@ import torch
 
 import simmim_fast
 from simmim_fast import _native
-from simmim_fast._backends import BACKENDS, ENVIRONMENT_VARIABLE, Op, choose, refusal
+from simmim_fast._backends import BACKENDS, ENVIRONMENT_VARIABLE, NO_CUDA_DEVICE, Op, choose, refusal
 from simmim_fast.ops import OPS
-
-NO_CUDA_DEVICE = "PyTorch sees no CUDA device"
 
 
 def collect() -> dict[str, Any]:
@@ -28,8 +26,8 @@ def collect() -> dict[str, Any]:
         "native": the compiled library, as `_native.build_info` has it, with "simd", the level this processor runs at.
         "gpus": name, compute capability and GiB of each.
         "environment": what SIMMIM_FAST_BACKEND and TRITON_INTERPRET are set to.
-        "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", None where nothing
-        can run) and why each of the others is off ("off").
+        "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", or None), why there
+        is none ("error", or None) and why each backend that is off is off ("off").
     """
     return {
         "versions": _versions(),
@@ -59,7 +57,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for op, devices in facts["ops"].items():
         yield f"  {op}"
         for device, backends in devices.items():
-            yield f"    {device}: {backends['use'] or 'nothing can run'}"
+            yield f"    {device}: {backends['use'] or backends['error']}"
             yield from (f"      {backend} is off: {reason}" for backend, reason in backends["off"].items())
 
 
@@ -111,10 +109,10 @@ def _gpus() -> list[dict[str, Any]]:
 def _backends(op: Op, device_type: str) -> dict[str, Any]:
     device = torch.device(device_type)
     reasons = {backend: refusal(op, backend, device, torch.float32) for backend in BACKENDS}
+    off = {backend: reason for backend, reason in reasons.items() if reason is not None}
     if device_type == "cuda" and not torch.cuda.is_available():
-        return {"use": None, "off": {backend: reason or NO_CUDA_DEVICE for backend, reason in reasons.items()}}
+        return {"use": None, "error": NO_CUDA_DEVICE, "off": off}
     try:
-        use = choose(op, "auto", device, torch.float32)
+        return {"use": choose(op, "auto", device, torch.float32), "error": None, "off": off}
     except (RuntimeError, ValueError) as error:  # SIMMIM_FAST_BACKEND asks for what cannot be
-        return {"use": None, "off": {"auto": str(error)}}
-    return {"use": use, "off": {backend: reason for backend, reason in reasons.items() if reason is not None}}
+        return {"use": None, "error": str(error), "off": off}

@@ -1,7 +1,7 @@
 """`make test-abi`: a wheel built against the torch at hand loads and computes under other versions, and the reverse.
 
 Makes an environment for each version in a temporary folder (2.11.0 comes with gigabytes of CUDA) and takes minutes.
-Other versions: `python tests/abi.py torch==2.12.1`.
+Other versions: `python -m tests.abi torch==2.12.1`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.source_tree import copy_sources
+
 VERSIONS = ("torch==2.13.0", "torch==2.11.0")
 BUILD_REQUIREMENTS = ("setuptools>=77", "ninja", "pybind11>=3")
 
@@ -47,11 +48,7 @@ print(f"ok: built against torch {_native.build_info()['torch']}, run under {torc
 def build_wheel(python: Path | str, folder: Path) -> Path:
     """The wheel that this interpreter's torch gives, built from a copy of the sources."""
     tree = folder / "tree"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "lib")
-    for name in ("csrc", "simmim_fast"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    copy_sources(tree)
     pip(python, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(tree))
     (wheel,) = folder.glob("*.whl")
     return wheel

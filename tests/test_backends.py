@@ -24,7 +24,7 @@ def available(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Pretend that exactly these backends can run; the others are "broken"."""
 
     def pretend(*names: str) -> None:
-        reasons = {name: None if name in names else "broken" for name in _backends.BACKENDS}
+        reasons = {name: None if name in names else "broken" for name in ("native", "triton")}
         refusals = {name: lambda op, device, reason=reason: reason for name, reason in reasons.items()}
         monkeypatch.setattr(_backends, "_REFUSALS", refusals)
 
@@ -135,3 +135,18 @@ def test_native_is_off_where_an_op_has_no_kernel_for_the_device() -> None:
     on_the_cpu = Op("cpu_op", {"reference": print, "native": print}, ("cpu",))
     assert refusal(on_the_cpu, "native", CPU, FP32) is None
     assert refusal(on_the_cpu, "native", CUDA, FP32) == "there is no CUDA C++ for this op"
+
+
+def test_transforms_of_torch_func_and_forward_mode_take_the_reference() -> None:
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        assert choose(EVERYWHERE, "auto", CPU, FP32) == "reference"
+        assert "no torch.func transform, no forward mode" in refusal(EVERYWHERE, "native", CPU, FP32)
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    torch.func.vmap(chosen)(x)
+    torch.func.grad(chosen)(x)
+    torch.func.jvp(chosen, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        chosen(x)
+    assert refusal(EVERYWHERE, "native", CPU, FP32) is None

@@ -30,7 +30,8 @@ def test_every_backend_of_every_op_is_used_ready_or_off_for_a_reason(op: str, de
     assert backends["use"] not in backends["off"]
     if device == "cuda" and not torch.cuda.is_available():
         assert backends["use"] is None
-        assert set(backends["off"]) == set(BACKENDS)
+        assert backends["error"] == "PyTorch sees no CUDA device"
+        assert set(backends["off"]) == {"native", "triton"}
 
 
 def test_says_why_native_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,15 @@ def test_says_what_the_variable_prevents(monkeypatch: pytest.MonkeyPatch) -> Non
     assert facts["environment"]["SIMMIM_FAST_BACKEND"] == "nativ"
     assert all(devices["cpu"]["use"] is None for devices in facts["ops"].values())
     assert "did you mean 'native'?" in render(facts)
+
+
+def test_a_variable_that_cannot_be_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = collect()["ops"]
+    monkeypatch.setenv("SIMMIM_FAST_BACKEND", "triton")
+    for name, devices in collect()["ops"].items():
+        assert devices["cpu"]["use"] is None
+        assert "SIMMIM_FAST_BACKEND='triton' cannot run here" in devices["cpu"]["error"]
+        assert devices["cpu"]["off"] == before[name]["cpu"]["off"]
 
 
 def test_text_names_every_fact() -> None:

@@ -101,3 +101,25 @@ def test_says_that_torch_has_no_cuda(monkeypatch):
 def test_says_that_cuda_was_not_compiled(monkeypatch):
     monkeypatch.setattr(_native, "_C", SimpleNamespace(build_info=lambda: {"cuda_reason": "no nvcc on PATH"}))
     assert _native._load_cuda() == "built without CUDA kernels: no nvcc on PATH"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0;9.0a;10.0+PTX", (8, 0), True),
+        ("8.0;9.0a;10.0+PTX", (8, 9), True),
+        ("8.0;9.0a;10.0+PTX", (9, 0), True),
+        ("8.0;9.0a;10.0+PTX", (12, 0), True),
+        ("8.0;9.0a;10.0+PTX", (7, 5), False),
+        ("9.0a", (8, 0), False),
+        ("9.0a", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_knows_which_gpus_it_has_code_for(
+    monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(_native, "_C", SimpleNamespace(build_info=lambda: {"cuda_architectures": architectures}))
+    monkeypatch.setattr(_native, "_ARCHITECTURES", _native._architectures())
+    assert _native.runs_on(capability) is runs

@@ -20,8 +20,8 @@ import pytest
 
 from simmim_fast import _native
 from simmim_fast.testing.offline import TOOLS
+from tests.source_tree import ROOT, copy_sources
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "simmim_fast"
 BUILD_REQUIREMENTS = ("setuptools", "ninja", "pybind11")
 BUILD_VARIABLES = (
@@ -38,12 +38,7 @@ BUILD_VARIABLES = (
 def tree(tmp_path) -> Path:
     """The sources alone, in a folder whose name has a space."""
     tree = tmp_path / "a copy"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "lib")
-    for name in ("csrc", "simmim_fast"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree)
+    copy_sources(tree)
     return tree
 
 

@@ -14,10 +14,12 @@
 #ifdef SIMMIM_FAST_HOST_CUDA
 #include "testing/host_cuda.h"
 #define SIMMIM_FAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(simmim_fast_hostcuda, CPU, m)
+#define SIMMIM_FAST_CHECK_ALIGNED(pointer, bytes) host_cuda::check_aligned(pointer, bytes)
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #define SIMMIM_FAST_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(simmim_fast, CUDA, m)
+#define SIMMIM_FAST_CHECK_ALIGNED(pointer, bytes)
 #endif
 
 namespace simmim_fast {
@@ -28,13 +30,16 @@ struct alignas(N * sizeof(T)) Vector {
   T values[N];
 };
 
+// On the host, where a misaligned access would pass, it throws.
 template <int N, typename T>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
+  SIMMIM_FAST_CHECK_ALIGNED(from, N * sizeof(T));
   return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 
 template <int N, typename T>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& values) {
+  SIMMIM_FAST_CHECK_ALIGNED(to, N * sizeof(T));
   *reinterpret_cast<Vector<T, N>*>(to) = values;
 }
 

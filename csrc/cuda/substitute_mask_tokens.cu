@@ -70,10 +70,11 @@ __global__ void __launch_bounds__(kThreads) substitute_mask_tokens_bwd_kernel(co
   using Sum = Accumulator<Out>;
   const Chunks& chunks = args.chunks;
   const int64_t channel = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V;
-  const int64_t batch_chunk = blockIdx.x / chunks.of_positions, position_chunk = blockIdx.x % chunks.of_positions;
-  const int64_t first_image = batch_chunk * chunks.batch, first = position_chunk * chunks.positions;
-  const int64_t last_image = min(first_image + chunks.batch, args.batch);
-  const int64_t last = channel < args.channels ? min(first + chunks.positions, args.positions) : first;
+  const unsigned of_positions = static_cast<unsigned>(chunks.of_positions);  // no more than blocks
+  const int64_t image_chunk = blockIdx.x / of_positions, position_chunk = blockIdx.x % of_positions;
+  const int64_t first_image = image_chunk * Chunks::kImages, first = position_chunk * Chunks::kPositions;
+  const int64_t last_image = min(first_image + Chunks::kImages, args.batch);
+  const int64_t last = channel < args.channels ? min(first + Chunks::kPositions, args.positions) : first;
   Sum token_sum[V] = {};
   for (int64_t position = first + threadIdx.y; position < last; position += blockDim.y) {
     Vector<Sum, V> pos_sum = {};
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) substitute_mask_tokens_bwd_kernel(co
       offset += args.positions * args.channels;
     }
     if (args.pos_partials) {
-      const int64_t sum_row = batch_chunk * args.positions + position;
+      const int64_t sum_row = image_chunk * args.positions + position;
       store<V>(args.pos_partials + sum_row * args.channels + channel, pos_sum);
     }
   }

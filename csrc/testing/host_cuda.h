@@ -187,6 +187,10 @@ T exchange(const T& value, unsigned from) {
   return result;
 }
 
+inline void check_aligned(const void* pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes) throw std::runtime_error("host_cuda: misaligned access");
+}
+
 inline void check_full(unsigned mask) {
   if (mask != 0xffffffffu) throw std::runtime_error("host_cuda: warp functions take the full mask only");
 }

@@ -10,11 +10,15 @@ from simmim_fast._backends import FLOAT_DTYPES
 INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_float(**tensors: Tensor | None) -> None:
-    """Each is a tensor of a floating dtype that the ops know, or None."""
+def check_float(**tensors: Tensor) -> None:
+    """Each is a tensor of a floating dtype that the ops know."""
     for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_dtype(name, tensor, FLOAT_DTYPES, "float64, float32, bfloat16 or float16")
+        _check_dtype(name, tensor, FLOAT_DTYPES, "float64, float32, bfloat16 or float16")
+
+
+def check_optional_float(**tensors: Tensor | None) -> None:
+    """Each is None, or a tensor of a floating dtype that the ops know."""
+    check_float(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def check_mask(mask: Tensor) -> None:

@@ -3,12 +3,14 @@
 from simmim_fast.testing.guards import Guards, backend_keys
 from simmim_fast.testing.inputs import (
     biased_attention_inputs,
+    differentiable,
     linear_masked_loss_inputs,
     masked_l1_loss_inputs,
     masked_patch_embed_inputs,
     permuted,
     random_tensor,
     shifted_window_attention_inputs,
+    small_inputs,
     substitute_mask_tokens_inputs,
 )
 from simmim_fast.testing.rules import (
@@ -33,6 +35,7 @@ __all__ = [
     "assert_within_budget",
     "backend_keys",
     "biased_attention_inputs",
+    "differentiable",
     "linear_masked_loss_inputs",
     "masked_l1_loss_inputs",
     "masked_patch_embed_inputs",
@@ -42,5 +45,6 @@ __all__ = [
     "relative_error",
     "run",
     "shifted_window_attention_inputs",
+    "small_inputs",
     "substitute_mask_tokens_inputs",
 ]

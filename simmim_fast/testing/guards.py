@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GUARD_BYTES = 256  # on either side of a guarded buffer; keeps its alignment
-GUARD_BYTE = 0xA5
+GUARD_BYTE = 0xFF  # NaN in every floating dtype, so that what is read there shows
 
 
 class Guards(TorchDispatchMode):

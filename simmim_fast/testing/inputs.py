@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -251,6 +252,28 @@ def linear_masked_loss_inputs(
         whole = whole.reshape(images, height * stride, width * stride)
         arguments |= {"tokens": listed.int(), "mask": whole[:, ::patch_size, ::patch_size]}
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+# Sizes beside the batch, as the factories above take them, that cost next to nothing.
+_SMALL: dict[str, Callable[..., dict[str, Any]]] = {
+    "biased_attention": lambda batch, **options: biased_attention_inputs((batch, 7, 2, 16), **options),
+    "linear_masked_loss": lambda batch, **options: linear_masked_loss_inputs((batch, 2, 3, 16, 4, 3), 4, **options),
+    "masked_l1_loss": lambda batch, **options: masked_l1_loss_inputs((batch, 3, 8, 12), 4, **options),
+    "masked_patch_embed": lambda batch, **options: masked_patch_embed_inputs((batch, 3, 4, 3, 4, 8), **options),
+    "substitute_mask_tokens": lambda batch, **options: substitute_mask_tokens_inputs((batch, 3, 4, 8), **options),
+}
+_NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")
+
+
+def small_inputs(op: str, batch: int, **options: Any) -> dict[str, Any]:
+    """Arguments of any op by name, so few that only the way to the kernel takes time. Options as its own."""
+    return _SMALL[op](batch, **options)
+
+
+def differentiable(inputs: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that get a gradient."""
+    floating = (name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return [name for name in floating if name not in _NOT_DIFFERENTIABLE]
 
 
 def _pixels(

@@ -14,24 +14,22 @@ from torch._ops import OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simmim_fast import ops, testing
+from simmim_fast import ops
 from simmim_fast.ops import OPS, bytes_moved
-from simmim_fast.testing import assert_equal, assert_matches, assert_repeats, backend_keys, random_gradient, run
+from simmim_fast.testing import (
+    assert_equal,
+    assert_matches,
+    assert_repeats,
+    backend_keys,
+    differentiable,
+    random_gradient,
+    random_tensor,
+    run,
+    small_inputs,
+)
 from tests.ops.targets import GPU_OPERATORS, OPERATORS, Target
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-# Per op: small arguments for a batch, by device and seed.
-INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "biased_attention": lambda batch, **kwargs: testing.biased_attention_inputs((batch, 7, 2, 16), **kwargs),
-    "linear_masked_loss": lambda batch, **kwargs: testing.linear_masked_loss_inputs(
-        (batch, 2, 3, 16, 4, 3), 4, **kwargs
-    ),
-    "masked_l1_loss": lambda batch, **kwargs: testing.masked_l1_loss_inputs((batch, 3, 8, 12), 4, **kwargs),
-    "masked_patch_embed": lambda batch, **kwargs: testing.masked_patch_embed_inputs((batch, 3, 4, 3, 4, 8), **kwargs),
-    "substitute_mask_tokens": lambda batch, **kwargs: testing.substitute_mask_tokens_inputs((batch, 3, 4, 8), **kwargs),
-}
-NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")
 
 every_op = pytest.mark.parametrize("op", OPS)
 on_operators = pytest.mark.parametrize("target", OPERATORS, indirect=True)
@@ -45,12 +43,6 @@ def on(op: str, target: Target) -> Callable[..., Tensor]:
     if target.backend == "native" and device not in OPS[op].native_devices:
         pytest.skip(f"there is no CUDA C++ for {op}")
     return partial(getattr(ops, op), backend=target.backend)
-
-
-def differentiable(inputs: dict[str, Any]) -> list[str]:
-    """Names of the arguments that get a gradient."""
-    floating = (name for name, tensor in tensors_of(inputs).items() if tensor.is_floating_point())
-    return [name for name in floating if name not in NOT_DIFFERENTIABLE]
 
 
 class Call(nn.Module):
@@ -71,25 +63,68 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 @every_op
 @on_operators
-def test_vmap_is_refused(target: Target, op: str) -> None:
-    inputs = INPUTS[op](2, device=target.device)
+def test_refuses_transforms(target: Target, op: str) -> None:
     function = on(op, target)
-    name, value = next(iter(inputs.items()))  # the activations come first
+    with pytest.raises(RuntimeError, match=r"no torch\.func transform, no forward mode"):
+        differentiate_forwards(function, small_inputs(op, 2, device=target.device))
+
+
+@every_op
+def test_auto_takes_the_reference_inside_a_transform(op: str) -> None:
+    inputs = small_inputs(op, 2)
+    function, reference = getattr(ops, op), partial(getattr(ops, op), backend="reference")
+    _, expected = differentiate_forwards(reference, inputs)
+    assert bool(expected.any())
+    assert_equal(differentiate_forwards(function, inputs)[1], expected, "tangent")
+
+
+def differentiate_forwards(function: Callable[..., Tensor], inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output and tangent along the first argument that is differentiable."""
+    name = differentiable(inputs)[0]
+    value = inputs[name]
+    tangent = random_tensor(value.shape, value.dtype, torch.Generator().manual_seed(2)).to(value.device)
+    return torch.func.jvp(lambda one: function(**inputs | {name: one}), (value,), (tangent,))
+
+
+@every_op
+@on_operators
+def test_vmap_of_an_operator_is_refused(target: Target, op: str) -> None:
+    function = on(op, target)
+    with Traffic() as traffic:
+        function(**small_inputs(op, 2, device=target.device))
+    (call,) = traffic.calls
+    first, *others = call.args
     with pytest.raises(RuntimeError, match="cannot be vmapped: put the axis into the batch"):
-        torch.func.vmap(lambda one: function(**inputs | {name: one}))(torch.stack([value, value]))
+        torch.func.vmap(lambda one: call.operator(one, *others))(torch.stack([first, first]))
 
 
 @every_op
 @on_operators
 def test_exports_with_a_dynamic_batch(target: Target, op: str) -> None:
     function = on(op, target)
-    inputs, others = INPUTS[op](5, device=target.device), INPUTS[op](11, device=target.device, seed=1)
+    inputs, others = small_inputs(op, 5, device=target.device), small_inputs(op, 11, device=target.device, seed=1)
     batch = torch.export.Dim("batch")
     tensors = tuple(tensors_of(inputs).values())
     shapes = tuple({0: batch} if tensor.shape[0] == 5 else None for tensor in tensors)
     program = torch.export.export(Call(function, inputs), tensors, dynamic_shapes={"tensors": shapes})
     assert f"simmim_fast.{op}_{target.backend}" in str(program.graph)
     assert_equal(program.module()(*tensors_of(others).values()), function(**others), "out")
+
+
+@every_op
+@on_operators
+def test_takes_tensors_that_are_not_aligned(target: Target, op: str) -> None:
+    inputs = small_inputs(op, 2, device=target.device)
+    grad_out = random_gradient(on(op, target), inputs)
+    expected = run(on(op, target), inputs, grad_out, differentiable(inputs))
+    shifted = {name: misaligned(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for name, result in run(on(op, target), shifted, misaligned(grad_out), differentiable(inputs)).items():
+        assert_equal(result, expected[name], name)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values, one element off the alignment that an allocation has."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -149,7 +184,7 @@ def memory(values: Any) -> dict[int, int]:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch.dtype) -> None:
     """At least the inputs and workspaces are read; written is what is allocated, no more and no less."""
-    inputs = INPUTS[op](4, dtype=dtype, device=target.device)
+    inputs = small_inputs(op, 20, dtype=dtype, device=target.device)  # more than one chunk of images
     grad_out = random_gradient(on(op, target), inputs)
     with Traffic() as traffic:
         run(on(op, target), inputs, grad_out, differentiable(inputs))
@@ -166,7 +201,7 @@ def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_small_case(target: Target, op: str, dtype: torch.dtype) -> None:
     """One small case of every kernel, for compute-sanitizer: `make sanitize`."""
-    inputs = INPUTS[op](3, dtype=dtype, device=target.device)
+    inputs = small_inputs(op, 3, dtype=dtype, device=target.device)
     assert_matches(
         on(op, target), partial(getattr(ops, op), backend="reference"), inputs, wanted=differentiable(inputs)
     )
@@ -175,6 +210,6 @@ def test_small_case(target: Target, op: str, dtype: torch.dtype) -> None:
 @every_op
 @on_gpu
 def test_repeats_250_times(target: Target, op: str) -> None:
-    inputs = INPUTS[op](3, dtype=BF16, device=target.device)
+    inputs = small_inputs(op, 3, dtype=BF16, device=target.device)
     grad_out = random_gradient(on(op, target), inputs)
     assert_repeats(partial(run, on(op, target), inputs, grad_out, differentiable(inputs)), times=250)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import check_device, check_float, check_indices, check_shape
+from simmim_fast.ops._checks import check_device, check_float, check_indices, check_optional_float, check_shape
 from simmim_fast.ops.biased_attention.op import OP, size_refusal
 
 
@@ -50,7 +50,8 @@ def biased_attention(
         Logits, softmax and all sums are in float32 (float64 for float64); products take qkv's dtype. The gradient of
         the bias adds up over the batch in a fixed order, so that it repeats bit for bit.
     """
-    check_float(qkv=qkv, bias=bias)
+    check_float(qkv=qkv)
+    check_optional_float(bias=bias)
     if qkv.ndim != 3:
         raise ValueError(f"qkv must have 3 dimensions (B, N, 3C); got shape {tuple(qkv.shape)}")
     tokens, channels = qkv.shape[1:]

@@ -11,6 +11,7 @@ from simmim_fast.ops._checks import (
     check_device,
     check_float,
     check_indices,
+    check_optional_float,
     check_pixel_mask,
     check_pixels,
     check_shape,
@@ -80,7 +81,7 @@ def masked_patch_embed(
     _check_parameters(weight, bias, norm_weight, norm_bias, mask_token)
     _check_image(image, mean, std, weight)
     check_pixel_mask(mask, "image", image, weight.shape[3])
-    check_float(pos_embed=pos_embed)
+    check_optional_float(pos_embed=pos_embed)
     if pos_embed is not None:
         check_shape("pos_embed", pos_embed, (*mask.shape[1:], weight.shape[0]), "(H / p, W / p, C)")
     if visible is not None:
@@ -110,7 +111,8 @@ def _check_image(image: Tensor, mean: Tensor | None, std: Tensor | None, weight:
 def _check_parameters(
     weight: Tensor, bias: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mask_token: Tensor
 ) -> None:
-    check_float(weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, mask_token=mask_token)
+    check_float(weight=weight, bias=bias, mask_token=mask_token)
+    check_optional_float(norm_weight=norm_weight, norm_bias=norm_bias)
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (C, channels, p, p), none of them 0; got {tuple(weight.shape)}")
     if (norm_weight is None) != (norm_bias is None):

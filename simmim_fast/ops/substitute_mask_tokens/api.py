@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import check_device, check_float, check_mask, check_shape
+from simmim_fast.ops._checks import check_device, check_float, check_mask, check_optional_float, check_shape
 from simmim_fast.ops.substitute_mask_tokens.op import OP
 
 
@@ -39,7 +39,8 @@ def substitute_mask_tokens(
         The output and the gradient of x are exact, each rounded once to its dtype. The gradients of token and positions
         accumulate in float32 (float64 for float64) in a fixed order, so that they repeat bit for bit.
     """
-    check_float(x=x, mask_token=mask_token, pos_embed=pos_embed)
+    check_float(x=x, mask_token=mask_token)
+    check_optional_float(pos_embed=pos_embed)
     check_mask(mask)
     if x.ndim != 4:
         raise ValueError(f"x must have 4 dimensions (B, H, W, C); got shape {tuple(x.shape)}")
