@@ -114,18 +114,37 @@ inline Vec<float> scale_by_power(Vec<float> x, Vec<float> n) {
 #endif
 }
 
-// 2^x for x <= 0 to 1.5 units in the last place; NaN stays NaN. The polynomial is the minimax one of 2^f on [-1/2, 1/2]
-// that is 1 at 0 (relative error 9.1e-8).
-inline Vec<float> exp2(Vec<float> x) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: added, it leaves no fraction
-  x = x < -160.0f ? broadcast(-160.0f) : x;
-  const Vec<float> n = (x + kToInteger) - kToInteger, f = x - n;
+constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: added, it leaves no fraction
+
+// 2^(f + n) for |f| <= 1/2 and an integer n from -160 to 0, to 1.5 units in the last place. The polynomial is the
+// minimax one of 2^f that is 1 at 0 (relative error 9.1e-8).
+inline Vec<float> power_of_two(Vec<float> f, Vec<float> n) {
   Vec<float> power = f * 0.00132646524f + 0.00967151132f;
   power = power * f + 0.0555073396f;
   power = power * f + 0.240222421f;
   power = power * f + 0.693146978f;
   power = power * f + 1.0f;
   return scale_by_power(power, n);
+}
+
+// 2^x for x <= 0; NaN stays NaN.
+inline Vec<float> exp2(Vec<float> x) {
+  x = x < -160.0f ? broadcast(-160.0f) : x;
+  const Vec<float> n = (x + kToInteger) - kToInteger;
+  return power_of_two(x - n, n);
+}
+
+// e^x for x <= 0; NaN stays NaN. n ln(2) is subtracted in two parts, the first of them exact.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
+  x = x < -110.0f ? broadcast(-110.0f) : x;
+  const Vec<float> n = (x * kLog2E + kToInteger) - kToInteger;
+  return power_of_two(((x - n * kLn2) - n * kLn2Rest) * kLog2E, n);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
 }
 
 inline Vec<double> exp2(Vec<double> x) {
