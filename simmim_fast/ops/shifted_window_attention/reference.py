@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOGIT_SCALE = math.log(100.0)
+MIN_NORM = 1e-12
 BETWEEN_REGIONS = -100.0
 
 
@@ -25,6 +26,7 @@ def shifted_window_attention(
     scale: float | None = None,
     logit_scale: Tensor | None = None,
     pad_value: Tensor | None = None,
+    queries: Tensor | None = None,
     position_index: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
@@ -42,12 +44,13 @@ def shifted_window_attention(
         scale: Factor of the logits; D ** -0.5 by default, unused with `logit_scale`.
         logit_scale: (heads,) SwinV2's cosine form (arXiv 2111.09883, section 3.3), clamped at log 100.
         pad_value: (3C,) what tokens carry that pad the grid at the bottom and right to whole windows; 0 by default.
+        queries: (B, K) integer, flat indices y W + x of the tokens whose outputs are wanted; all by default.
         position_index: `relative_position_index(window_size)`, where the caller keeps it.
         attn_mask: `shift_mask(...)`, where the caller keeps it.
         dropout: Rate at which attention weights are dropped.
 
     Returns:
-        (B, H, W, C), in qkv's dtype.
+        (B, H, W, C), or (B, K, C) with `queries`, in qkv's dtype.
     """
     height, width = qkv.shape[1:3]
     qkv = pad_to_windows(qkv, window_size, pad_value)
@@ -64,7 +67,10 @@ def shifted_window_attention(
     weights = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype)
     out = reverse((weights @ v).transpose(1, 2).flatten(2), window_size, grid)  # (B, H, W, C)
     out = torch.roll(out, shifts=shift, dims=(1, 2)) if any(shift) else out
-    return out[:, :height, :width]
+    out = out[:, :height, :width]
+    if queries is None:
+        return out
+    return out.flatten(1, 2).gather(1, queries.long()[..., None].expand(-1, -1, out.shape[-1]))
 
 
 def _similarity(q: Tensor, k: Tensor, scale: float | None, logit_scale: Tensor | None) -> Tensor:
@@ -72,7 +78,15 @@ def _similarity(q: Tensor, k: Tensor, scale: float | None, logit_scale: Tensor |
     if logit_scale is None:
         return (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
     factor = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().view(-1, 1, 1)
-    return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)) * factor
+    return (_unit(q) @ _unit(k).transpose(-2, -1)) * factor
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) along the last axis, computed in float32 at least; a shorter vector has gradient 0."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    wide = torch.where(norm < MIN_NORM, wide.detach(), wide)
+    return (wide / norm.clamp_min(MIN_NORM)).to(x.dtype)
 
 
 def relative_position_index(window_size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,331 @@
+"""Operators of shifted_window_attention: schemas, fakes, autograd, cost. The formulas are derived in README.md.
+
+Shapes: B batch, H and W the token grid, h heads of D channels (C = h D), N tokens of a window, K queries of an image;
+qkv (B, H, W, 3C); bias_table (offsets, h); out and grad_out (B, H, W, C), or (B, K, C) with queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops.shifted_window_attention import reference
+
+# Sizes of the Triton kernels' tiles. A window of at most WHOLE_TOKENS is one tile; a longer one is cut into blocks.
+WHOLE_TOKENS = 64
+MAX_TOKENS = 256
+MAX_HEAD_SIZE = 128
+QUERY_BLOCK = 64
+KEY_BLOCK = 32
+GRADIENT_KEY_BLOCK = {2: 32, 4: 16, 8: 16}  # by the bytes of an element, where all queries are in one tile
+# Windows of a chunk, whose gradients of the parameters are added up before they are stored: the most that leave enough
+# programs to fill a GPU, or else the last.
+CHUNKS = (32, 16, 8, 4)
+ENOUGH_PROGRAMS = 512
+
+
+class Sizes(NamedTuple):
+    """What the arguments of a call say about its work.
+
+    Attributes:
+        windows_h: Windows along the height of the padded grid.
+        windows_w: Windows along its width.
+        windows: Windows of the batch.
+        tokens: Tokens of a window, N.
+        offsets: Rows of the bias table.
+        rows: Queries of a window: N, or K.
+        head_size: D.
+        padded: Whether the grid needs padding.
+        key_block: Keys of a block in the backward.
+    """
+
+    windows_h: int
+    windows_w: int
+    windows: int
+    tokens: int
+    offsets: int
+    rows: int
+    head_size: int
+    padded: bool
+    key_block: int
+
+
+def sizes(qkv: Tensor, queries: Tensor | None, window_h: int, window_w: int, num_heads: int) -> Sizes:
+    """The sizes of a call."""
+    batch, height, width, channels = qkv.shape
+    windows_h, windows_w = -(-height // window_h), -(-width // window_w)
+    return Sizes(
+        windows_h,
+        windows_w,
+        windows=batch * windows_h * windows_w,
+        tokens=window_h * window_w,
+        offsets=(2 * window_h - 1) * (2 * window_w - 1),
+        rows=window_h * window_w if queries is None else queries.shape[1],
+        head_size=channels // (3 * num_heads),
+        padded=height % window_h != 0 or width % window_w != 0,
+        key_block=GRADIENT_KEY_BLOCK[qkv.dtype.itemsize],
+    )
+
+
+def key_blocks(work: Sizes) -> int:
+    """Blocks into which the backward cuts the keys of a window."""
+    return 1 if work.tokens <= WHOLE_TOKENS else -(-work.tokens // work.key_block)
+
+
+def query_blocks(work: Sizes) -> int:
+    """Blocks into which the kernels cut all tokens of a window as queries."""
+    return 1 if work.tokens <= WHOLE_TOKENS else -(-work.tokens // QUERY_BLOCK)
+
+
+def chunk_windows(work: Sizes, num_heads: int) -> int:
+    """Windows of a chunk. It depends on sizes alone, so the sums repeat from GPU to GPU."""
+    programs_of_window = num_heads * key_blocks(work)
+    return next((n for n in CHUNKS if -(-work.windows // n) * programs_of_window >= ENOUGH_PROGRAMS), CHUNKS[-1])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logits, softmax and sums for activations of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cuts(shift_h: int, shift_w: int) -> int:
+    """Kinds of windows that the shift mask tells apart: cut by the roll along rows, columns, both or not at all."""
+    return 4 if shift_h > 0 or shift_w > 0 else 1
+
+
+def tile(size: int) -> int:
+    """The least power of two, from 16, that holds so many elements."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def bias_shape(work: Sizes, num_heads: int, kinds: int) -> tuple[int, ...]:
+    """Shape of the biases as the kernels read them, in `compute_dtype`: tiles, or the table's columns."""
+    if work.tokens > WHOLE_TOKENS:
+        return (num_heads, work.offsets)
+    return (kinds, num_heads, tile(work.tokens), tile(work.tokens))
+
+
+def partial_shapes(work: Sizes, num_heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the partial gradients of the parameters, in `compute_dtype`; the first axis is the one to sum over."""
+    chunks = -(-work.windows // chunk_windows(work, num_heads))
+    return {
+        "table": (chunks, num_heads, work.tokens, work.tokens),
+        "logit_scale": (work.windows * query_blocks(work), num_heads),
+        "pad_value": (work.windows * key_blocks(work) if work.padded else 0, 2, num_heads * work.head_size),
+    }
+
+
+def statistics_shape(work: Sizes, num_heads: int) -> tuple[int, ...]:
+    """Shape of the two numbers for each row of weights that the backward keeps, for windows cut into blocks."""
+    return (2, 0 if work.tokens <= WHOLE_TOKENS else work.windows, num_heads, work.tokens)
+
+
+def size_refusal(backend: str, device_type: str, tokens: int, head_size: int) -> str | None:
+    """Why a backend does not take windows of so many tokens and heads of so many channels; None where it does."""
+    if backend == "native" and device_type == "cuda":
+        return "there is no CUDA C++ for this op"
+    if backend == "triton" and (tokens > MAX_TOKENS or head_size > MAX_HEAD_SIZE):
+        limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
+        return f"it takes {limits}; got {tokens} and {head_size}"
+    return None
+
+
+def _reference(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    return reference.shifted_window_attention(
+        qkv,
+        bias_table,
+        (window_h, window_w),
+        (shift_h, shift_w),
+        num_heads,
+        scale=scale,
+        logit_scale=logit_scale,
+        pad_value=pad_value,
+        queries=queries,
+    ).contiguous()
+
+
+def _fake(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    *geometry: float,
+) -> Tensor:
+    grid = qkv.shape[:3] if queries is None else queries.shape
+    return qkv.new_empty((*grid, qkv.shape[3] // 3))
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    *geometry_and_needs: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = zip((bias_table, logit_scale, pad_value), geometry_and_needs[-3:], strict=True)
+    return (
+        qkv.new_empty(qkv.shape),
+        *(
+            parameter.new_empty(parameter.shape) if needed and parameter is not None else grad_out.new_empty(0)
+            for parameter, needed in parameters
+        ),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.geometry = inputs[5:]
+    ctx.needs = ctx.needs_input_grad[1:4]
+
+
+def _gradients(ctx: Any, backward: Callable, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad_qkv, *parameters = backward(grad_out, *ctx.saved_tensors, *ctx.geometry, *ctx.needs)
+    wanted = [grad if needed else None for grad, needed in zip(parameters, ctx.needs, strict=True)]
+    return grad_qkv if ctx.needs_input_grad[0] else None, *wanted, *[None] * (1 + len(ctx.geometry))
+
+
+def _products(qkv: Tensor, queries: Tensor | None, window_h: int, window_w: int, num_heads: int) -> int:
+    """FLOPs of one product over all windows and heads: queries by keys by D."""
+    work = sizes(qkv, queries, window_h, window_w, num_heads)
+    return 2 * work.windows * num_heads * work.rows * work.tokens * work.head_size
+
+
+def _flops(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    num_heads: int,
+    scale: float,
+) -> int:
+    """Two products: q k' and p v."""
+    return 2 * _products(qkv, queries, window_h, window_w, num_heads)
+
+
+def _flops_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    num_heads: int,
+    scale: float,
+    *needs: bool,
+) -> int:
+    """Five products: q k' again, dO v', p' dO, ds k and ds' q."""
+    return 5 * _products(qkv, queries, window_h, window_w, num_heads)
+
+
+def _bytes_moved(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    num_heads: int,
+    scale: float,
+) -> tuple[int, int]:
+    """q once; k and v once for every block of queries; the biases as the kernels read them."""
+    work = sizes(qkv, queries, window_h, window_w, num_heads)
+    out = _fake(qkv.to("meta"), bias_table, logit_scale, pad_value, queries)
+    blocks = 1 if work.tokens <= WHOLE_TOKENS else -(-work.rows // QUERY_BLOCK)
+    biases = math.prod(bias_shape(work, num_heads, 1)) * compute_dtype(qkv.dtype).itemsize
+    read = out.nbytes + blocks * 2 * (qkv.nbytes // 3) + _nbytes(bias_table, logit_scale, pad_value, queries)
+    return read + biases, out.nbytes + biases
+
+
+def _bytes_moved_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    queries: Tensor | None,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    num_heads: int,
+    scale: float,
+    *needs: bool,
+) -> tuple[int, int]:
+    """Tensors as often as blocks read them. Biases, partial gradients and their sums are written and read once."""
+    work = sizes(qkv, queries, window_h, window_w, num_heads)
+    third, itemsize = qkv.nbytes // 3, compute_dtype(qkv.dtype).itemsize
+    read = grad_out.nbytes + 3 * third
+    workspace = math.prod(bias_shape(work, num_heads, cuts(shift_h, shift_w)))
+    parameters = zip((bias_table, logit_scale, pad_value), partial_shapes(work, num_heads).values(), needs, strict=True)
+    for parameter, shape, needed in parameters:
+        if parameter is not None and needed and shape[0] > 0:
+            workspace += math.prod(shape) + math.prod(shape[1:])
+    if work.tokens > WHOLE_TOKENS:
+        statistics = math.prod(statistics_shape(work, num_heads))
+        keys = key_blocks(work)
+        read += 4 * third * query_blocks(work) + keys * (grad_out.nbytes + third) + (keys - 1) * statistics * itemsize
+        workspace += statistics
+    workspace *= itemsize
+    if queries is not None:
+        workspace += queries.element_size() * math.prod(qkv.shape[:3])
+    results = _fake_backward(grad_out.to("meta"), qkv.to("meta"), bias_table, logit_scale, pad_value, queries, *needs)
+    read += _nbytes(bias_table, logit_scale, pad_value, queries)
+    return read + workspace, workspace + _nbytes(*results)
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+_ARGUMENTS = (
+    "Tensor qkv, Tensor bias_table, Tensor? logit_scale, Tensor? pad_value, Tensor? queries,"
+    " int window_h, int window_w, int shift_h, int shift_w, int num_heads, float scale"
+)
+
+OP = define_op(
+    "shifted_window_attention",
+    reference=_reference,
+    forward=Direction(schema=f"({_ARGUMENTS}) -> Tensor", fake=_fake, flops=_flops, bytes_moved=_bytes_moved),
+    backward=Direction(
+        schema=f"(Tensor grad_out, {_ARGUMENTS}, bool needs_table, bool needs_logit_scale, bool needs_pad_value)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        fake=_fake_backward,
+        flops=_flops_backward,
+        bytes_moved=_bytes_moved_backward,
+    ),
+    setup_context=_setup_context,
+    gradients=_gradients,
+    backends={"native": None, "triton": "simmim_fast.ops.shifted_window_attention.kernels"},
+)
