@@ -109,6 +109,23 @@ def _linear_masked_loss(masks: MaskGenerator, depth: int, listed: bool) -> Case:
     return Case("linear_masked_loss", name, draw, ("features", "weight", "bias"))
 
 
+def _shifted_window_attention(model: str, grid: int, heads: int, window: int, shift: int, cosine: bool = False) -> Case:
+    def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+        return testing.shifted_window_attention_inputs(
+            (batch, grid, grid, heads, 32),
+            (window, window),
+            (shift, shift),
+            dtype,
+            PARAMETERS,
+            cosine=cosine,
+            pad_value=False,
+            device=device,
+            seed=seed,
+        )
+
+    return Case("shifted_window_attention", model, draw, ("qkv", "bias_table", "logit_scale"))
+
+
 def _model(masks: MaskGenerator) -> str:
     return {SWIN: "swin_base_192", VIT: "vit_base_224"}[masks]
 
@@ -120,6 +137,13 @@ _ALL = (
     _masked_patch_embed(VIT, 768, norm=False),
     _biased_attention("vit_base_224", 197),
     _biased_attention("vit_base_384", 577),
+    _shifted_window_attention("swin_base_192 stage 1", 48, 4, 6, 0),
+    _shifted_window_attention("swin_base_192 stage 1 shifted", 48, 4, 6, 3),
+    _shifted_window_attention("swin_base_192 stage 2 shifted", 24, 8, 6, 3),
+    _shifted_window_attention("swin_base_192 stage 3 shifted", 12, 16, 6, 3),
+    _shifted_window_attention("swin_base_192 stage 4", 6, 32, 6, 0),
+    _shifted_window_attention("swin_base_224 stage 3 shifted", 14, 16, 7, 3),
+    _shifted_window_attention("swinv2_base_192 stage 1 shifted", 48, 4, 12, 6, cosine=True),
     _masked_l1_loss(SWIN),
     _masked_l1_loss(VIT),
     *(_linear_masked_loss(SWIN, 1024, listed) for listed in (False, True)),

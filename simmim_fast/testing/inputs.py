@@ -260,6 +260,9 @@ _SMALL: dict[str, Callable[..., dict[str, Any]]] = {
     "linear_masked_loss": lambda batch, **options: linear_masked_loss_inputs((batch, 2, 3, 16, 4, 3), 4, **options),
     "masked_l1_loss": lambda batch, **options: masked_l1_loss_inputs((batch, 3, 8, 12), 4, **options),
     "masked_patch_embed": lambda batch, **options: masked_patch_embed_inputs((batch, 3, 4, 3, 4, 8), **options),
+    "shifted_window_attention": lambda batch, **options: shifted_window_attention_inputs(
+        (batch, 4, 6, 2, 32), (2, 3), (1, 1), **options
+    ),
     "substitute_mask_tokens": lambda batch, **options: substitute_mask_tokens_inputs((batch, 3, 4, 8), **options),
 }
 _NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")

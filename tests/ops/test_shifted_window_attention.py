@@ -471,9 +471,9 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
     ("queries", "error", "message"),
     [
         ([0, 1], TypeError, "queries must be a tensor; got list"),
-        (torch.ones(2, 3), TypeError, "queries must have an integer dtype; got torch.float32"),
+        (torch.ones(2, 3), TypeError, "queries must be an integer tensor; got torch.float32"),
         (torch.ones(3, 4).int(), ValueError, r"queries must have shape \(B, K\) with B = 2; got \(3, 4\)"),
-        (torch.ones(2, 10).int(), ValueError, "queries must name at most H W = 9 tokens; got K = 10"),
+        (torch.ones(2, 10).int(), ValueError, "queries must list at most H W = 9 tokens; got K = 10"),
     ],
     ids=["list", "float", "batch", "too-many"],
 )

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import INTEGER_DTYPES, check_device, check_float, check_shape
+from simmim_fast.ops._checks import check_device, check_float, check_indices, check_optional_float, check_shape
 from simmim_fast.ops.shifted_window_attention.op import OP, size_refusal
 
 
@@ -62,13 +62,13 @@ def shifted_window_attention(
         Logits, softmax and all sums are in float32 (float64 for float64); products take qkv's dtype. The gradients of
         table, logit scale and padding value add up in a fixed order, so that they repeat bit for bit.
     """
-    check_float(qkv=qkv, bias_table=bias_table, logit_scale=logit_scale, pad_value=pad_value)
+    check_float(qkv=qkv, bias_table=bias_table)
+    check_optional_float(logit_scale=logit_scale, pad_value=pad_value)
     window_h, window_w = window = _pair("window_size", window_size, 1)
     shift_h, shift_w = shift = _pair("shift", shift, 0)
     _check_sizes(qkv, window, shift, num_heads)
-    check_shape(
-        "bias_table", bias_table, ((2 * window_h - 1) * (2 * window_w - 1), num_heads), "((2wh-1)(2ww-1), heads)"
-    )
+    offsets = (2 * window_h - 1) * (2 * window_w - 1)
+    check_shape("bias_table", bias_table, (offsets, num_heads), "((2wh-1)(2ww-1), heads)")
     if logit_scale is not None:
         check_shape("logit_scale", logit_scale, (num_heads,), "(heads)")
     if pad_value is not None:
@@ -102,15 +102,7 @@ def _check_sizes(qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], n
 
 
 def _check_queries(queries: Tensor, qkv: Tensor, window: tuple[int, int]) -> Tensor:
-    if not isinstance(queries, Tensor):
-        raise TypeError(f"queries must be a tensor; got {type(queries).__name__}")
-    if queries.dtype not in INTEGER_DTYPES[1:]:
-        raise TypeError(f"queries must have an integer dtype; got {queries.dtype}")
-    if queries.ndim != 2 or queries.shape[0] != qkv.shape[0]:
-        raise ValueError(f"queries must have shape (B, K) with B = {qkv.shape[0]}; got {tuple(queries.shape)}")
-    height, width = qkv.shape[1:3]
+    batch, height, width, _ = qkv.shape
     if not (0 < height <= window[0] and 0 < width <= window[1]):
         raise ValueError(f"queries need a grid of one window, at most {window} tokens; got {(height, width)}")
-    if queries.shape[1] > height * width:
-        raise ValueError(f"queries must name at most H W = {height * width} tokens; got K = {queries.shape[1]}")
-    return queries.int()
+    return check_indices("queries", queries, batch, height * width, "H W")

@@ -127,8 +127,6 @@ def statistics_shape(work: Sizes, num_heads: int) -> tuple[int, ...]:
 
 def size_refusal(backend: str, device_type: str, tokens: int, head_size: int) -> str | None:
     """Why a backend does not take windows of so many tokens and heads of so many channels; None where it does."""
-    if backend == "native" and device_type == "cuda":
-        return "there is no CUDA C++ for this op"
     if backend == "triton" and (tokens > MAX_TOKENS or head_size > MAX_HEAD_SIZE):
         limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
         return f"it takes {limits}; got {tokens} and {head_size}"
