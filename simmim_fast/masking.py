@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from simmim_fast._arguments import positive_int, size_pair
 
 
 class MaskGenerator:
@@ -43,17 +45,17 @@ class MaskGenerator:
         encoder_stride: int | None = None,
     ) -> None:
         self.input_size = size_pair("input_size", input_size)
-        self.mask_patch_size = _positive("mask_patch_size", mask_patch_size)
-        self.model_patch_size = _positive("model_patch_size", model_patch_size)
+        self.mask_patch_size = positive_int("mask_patch_size", mask_patch_size)
+        self.model_patch_size = positive_int("model_patch_size", model_patch_size)
         if encoder_stride is None:
             encoder_stride = 32 if self.model_patch_size < 16 else self.model_patch_size
-        self.encoder_stride = _positive("encoder_stride", encoder_stride)
+        self.encoder_stride = positive_int("encoder_stride", encoder_stride)
+        _check_multiple("mask_patch_size", self.mask_patch_size, "model_patch_size", self.model_patch_size)
         for side in self.input_size:
             _check_multiple("input_size", side, "mask_patch_size", self.mask_patch_size)
-        _check_multiple("mask_patch_size", self.mask_patch_size, "model_patch_size", self.model_patch_size)
         _check_multiple("encoder_stride", self.encoder_stride, "model_patch_size", self.model_patch_size)
         if not (isinstance(mask_ratio, Real) and 0 <= mask_ratio <= 1):
-            raise ValueError(f"mask_ratio: expected a number from 0 to 1, got {mask_ratio!r}")
+            raise ValueError(f"mask_ratio must be a number from 0 to 1, got {mask_ratio!r}")
         self.mask_ratio = mask_ratio
         self.grid = (self.input_size[0] // self.mask_patch_size, self.input_size[1] // self.mask_patch_size)
         self.scale = self.mask_patch_size // self.model_patch_size
@@ -100,7 +102,7 @@ class MaskGenerator:
         Raises:
             TypeError, ValueError: ``batch_size`` is not a positive integer.
         """
-        batch_size = _positive("batch_size", batch_size)
+        batch_size = positive_int("batch_size", batch_size)
         if device is None:
             device = "cpu" if generator is None else generator.device
         noise = torch.rand(
@@ -139,7 +141,7 @@ def token_index(selected: Tensor, count: int) -> Tensor:
     """
     flat = selected.flatten(1).ne(0)
     if not 0 <= count <= flat.shape[1]:
-        raise ValueError(f"count: expected 0 to {flat.shape[1]} tokens per image, got {count}")
+        raise ValueError(f"count must be 0 to {flat.shape[1]} tokens per image, got {count}")
     return flat.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count].to(torch.int32)
 
 
@@ -162,35 +164,14 @@ def average_distance(mask: Tensor | np.ndarray, patch_size: int) -> float:
 
     hidden = torch.as_tensor(mask).ne(0).cpu().numpy()
     if hidden.ndim not in (2, 3):
-        raise ValueError(f"mask: expected shape (h, w) or (B, h, w), got {hidden.shape}")
+        raise ValueError(f"mask must have shape (h, w) or (B, h, w), got {hidden.shape}")
     images = hidden.reshape(-1, *hidden.shape[-2:]).repeat(patch_size, axis=1).repeat(patch_size, axis=2)
     if images.all(axis=(1, 2)).any():
-        raise ValueError("mask: expected a visible entry in every image, got an image that is hidden entirely")
+        raise ValueError("mask must have a visible entry in every image, got an image that is hidden entirely")
     distances = [distance_transform_edt(image)[image] for image in images]
     return float(np.concatenate(distances).mean()) if images.any() else 0.0
 
 
-def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Returns an image size as (height, width).
-
-    Raises:
-        TypeError: ``value``, called ``name`` in the message, is neither an integer nor a pair of integers.
-        ValueError: A side is not positive.
-    """
-    sides = (value, value) if isinstance(value, Integral) else tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(sides) != 2:
-        raise TypeError(f"{name}: expected an integer or a pair (height, width), got {value!r}")
-    return _positive(name, sides[0]), _positive(name, sides[1])
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
-    return int(value)
-
-
 def _check_multiple(name: str, value: int, unit_name: str, unit: int) -> None:
     if value % unit:
-        raise ValueError(f"{name}: expected a multiple of {unit_name} ({unit}), got {value}")
+        raise ValueError(f"{name} must be a multiple of {unit_name} ({unit}), got {value}")

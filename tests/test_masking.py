@@ -149,7 +149,7 @@ def test_token_index_is_nonzero_of_every_image(shape, dtype):
 
 @pytest.mark.parametrize("count", [-1, 17])
 def test_token_index_refuses_an_impossible_count(count):
-    with pytest.raises(ValueError, match=rf"count: expected 0 to 16 tokens per image, got {count}"):
+    with pytest.raises(ValueError, match=rf"count must be 0 to 16 tokens per image, got {count}"):
         token_index(torch.ones(2, 4, 4), count)
 
 
@@ -179,8 +179,8 @@ def test_average_distance_of_the_default_mask_is_in_the_papers_good_range():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        pytest.param(torch.ones(2, 2), "mask: expected a visible entry in every image", id="all-hidden"),
-        pytest.param(torch.ones(2), r"mask: expected shape \(h, w\) or \(B, h, w\), got \(2,\)", id="one-dimension"),
+        pytest.param(torch.ones(2, 2), "mask must have a visible entry in every image", id="all-hidden"),
+        pytest.param(torch.ones(2), r"mask must have shape \(h, w\) or \(B, h, w\), got \(2,\)", id="one-dimension"),
     ],
 )
 def test_average_distance_refuses(mask, message):
@@ -192,26 +192,37 @@ def test_average_distance_refuses(mask, message):
     ("arguments", "error", "message"),
     [
         pytest.param(
-            {"input_size": 100}, ValueError, r"input_size: .*multiple of mask_patch_size \(32\), got 100", id="height"
+            {"input_size": 100},
+            ValueError,
+            r"input_size must be .*multiple of mask_patch_size \(32\), got 100",
+            id="height",
         ),
-        pytest.param({"input_size": (192, 100)}, ValueError, r"input_size: .*got 100", id="width"),
-        pytest.param({"input_size": 0}, ValueError, "input_size: expected a positive integer, got 0", id="zero-size"),
-        pytest.param({"input_size": "192"}, TypeError, "input_size: expected an integer or a pair", id="string-size"),
-        pytest.param({"input_size": (1, 2, 3)}, TypeError, r"input_size: .* pair .*got \(1, 2, 3\)", id="three-sides"),
-        pytest.param({"input_size": (192, 96.0)}, TypeError, r"input_size: .*got 96\.0", id="float-side"),
-        pytest.param({"mask_patch_size": -32}, ValueError, "mask_patch_size: .*got -32", id="negative-cell"),
+        pytest.param({"input_size": (192, 100)}, ValueError, r"input_size must be .*got 100", id="width"),
+        pytest.param(
+            {"input_size": 0}, ValueError, "input_size must be at least 1 on each side, got 0", id="zero-size"
+        ),
+        pytest.param({"input_size": "192"}, TypeError, "input_size must be an integer or a pair", id="string-size"),
+        pytest.param(
+            {"input_size": (1, 2, 3)}, TypeError, r"input_size must be .* pair .*got \(1, 2, 3\)", id="three-sides"
+        ),
+        pytest.param(
+            {"input_size": (192, 96.0)}, TypeError, r"input_size must be .*got \(192, 96\.0\)", id="float-side"
+        ),
+        pytest.param({"mask_patch_size": -32}, ValueError, "mask_patch_size must be .*got -32", id="negative-cell"),
         pytest.param(
             {"mask_patch_size": 6},
             ValueError,
-            r"mask_patch_size: .*model_patch_size \(4\), got 6",
+            r"mask_patch_size must be .*model_patch_size \(4\), got 6",
             id="cell-of-patches",
         ),
-        pytest.param({"model_patch_size": 0}, ValueError, "model_patch_size: .*got 0", id="zero-patch"),
-        pytest.param({"encoder_stride": 6}, ValueError, "encoder_stride: .*multiple .*got 6", id="stride-of-patches"),
-        pytest.param({"mask_ratio": 1.5}, ValueError, r"mask_ratio: .*0 to 1, got 1\.5", id="ratio-above"),
-        pytest.param({"mask_ratio": -0.1}, ValueError, r"mask_ratio: .*got -0\.1", id="ratio-below"),
-        pytest.param({"mask_ratio": math.nan}, ValueError, "mask_ratio: .*got nan", id="ratio-nan"),
-        pytest.param({"mask_ratio": "0.6"}, ValueError, "mask_ratio: .*got '0.6'", id="ratio-string"),
+        pytest.param({"model_patch_size": 0}, ValueError, "model_patch_size must be .*got 0", id="zero-patch"),
+        pytest.param(
+            {"encoder_stride": 6}, ValueError, "encoder_stride must be .*multiple .*got 6", id="stride-of-patches"
+        ),
+        pytest.param({"mask_ratio": 1.5}, ValueError, r"mask_ratio must be .*0 to 1, got 1\.5", id="ratio-above"),
+        pytest.param({"mask_ratio": -0.1}, ValueError, r"mask_ratio must be .*got -0\.1", id="ratio-below"),
+        pytest.param({"mask_ratio": math.nan}, ValueError, "mask_ratio must be .*got nan", id="ratio-nan"),
+        pytest.param({"mask_ratio": "0.6"}, ValueError, "mask_ratio must be .*got '0.6'", id="ratio-string"),
     ],
 )
 def test_refused_arguments_are_named(arguments, error, message):
@@ -220,7 +231,7 @@ def test_refused_arguments_are_named(arguments, error, message):
 
 
 def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="batch_size: expected a positive integer, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         MaskGenerator().batch(0)
 
 

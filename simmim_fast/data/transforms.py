@@ -1,20 +1,23 @@
-"""From a decoded image to the model's input, and back. torchvision is imported where a transform is built."""
+"""From a decoded image to the model's input, and back. Pillow and torchvision are imported where they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from simmim_fast.masking import size_pair
+from simmim_fast._arguments import size_pair
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[["Image.Image"], Tensor]
 
 
 def pretrain_transform(
@@ -62,6 +65,7 @@ def eval_transform(
 
     Arguments, result and errors are those of ``pretrain_transform``.
     """
+    from PIL import Image, ImageOps
     from torchvision.transforms import v2
 
     height, width = size_pair("img_size", img_size)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simmim_fast._arguments import size_pair
+
 
 def resize_relative_position_bias(
     table: Tensor, source_window: int | tuple[int, int], target_window: int | tuple[int, int]
@@ -27,11 +29,12 @@ def resize_relative_position_bias(
         ((2h' - 1)(2w' - 1) + kept rows, heads), in the dtype and on the device of `table`, without gradient.
 
     Raises:
-        ValueError: a window that is too small, or a table that is not for `source_window`.
+        TypeError: a window that is neither an integer nor a pair.
+        ValueError: one that is too small, or a table that is not for `source_window`.
     """
     from scipy.interpolate import RectBivariateSpline
 
-    source, target = _extents(source_window, "source_window", 3), _extents(target_window, "target_window", 1)
+    source, target = _extents("source_window", source_window, 3), _extents("target_window", target_window, 1)
     offsets = source[0] * source[1]
     if table.ndim != 2 or table.shape[0] - offsets not in (0, 3):
         raise ValueError(
@@ -46,12 +49,10 @@ def resize_relative_position_bias(
     return torch.cat([rows, table[offsets:].detach()])
 
 
-def _extents(window: int | tuple[int, int], name: str, least: int) -> tuple[int, int]:
+def _extents(name: str, window: int | tuple[int, int], least: int) -> tuple[int, int]:
     """The numbers of distinct offsets along each axis, 2w - 1."""
-    sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= least for side in sides):
-        raise ValueError(f"{name} must be an int or a pair of ints, at least {least}, got {window!r}")
-    return 2 * sides[0] - 1, 2 * sides[1] - 1
+    height, width = size_pair(name, window, least)
+    return 2 * height - 1, 2 * width - 1
 
 
 def _known_offsets(source: int, target: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simmim_fast._arguments import check_choice, did_you_mean
 from simmim_fast.models.official_config import OfficialConfig, read_official_config
 from simmim_fast.models.presets import PRESETS
 from simmim_fast.models.simmim import SimMIM
@@ -54,7 +54,7 @@ def create_model(encoder: str, **kwargs: object) -> SimMIM:
 
     Raises:
         ValueError: an unknown encoder or preset, or values that do not fit each other.
-        TypeError: an unknown keyword; the message names the nearest.
+        TypeError: an unknown keyword, where the message names the nearest, or a value of the wrong type.
 
     Example:
         >>> model = create_model("simmim_swin_base_192")
@@ -63,9 +63,8 @@ def create_model(encoder: str, **kwargs: object) -> SimMIM:
     if encoder in PRESETS:
         kwargs = {**PRESETS[encoder], **kwargs}
         encoder = str(kwargs.pop("encoder"))
-    elif encoder not in ENCODERS:
-        names = [*ENCODERS, *PRESETS]
-        raise ValueError(f"encoder must be one of {', '.join(names)}; got {encoder!r}{_nearest(str(encoder), names)}")
+    else:
+        check_choice("encoder", encoder, (*ENCODERS, *PRESETS))
     head = {name: kwargs.pop(name) for name in SIMMIM_ARGUMENTS if name in kwargs}
     _check_keywords(encoder, kwargs)
     built = ENCODERS[encoder](**_with_official_norm(encoder, kwargs))
@@ -111,14 +110,17 @@ def build_model(config: str | Path | Mapping[str, object] | OfficialConfig, is_p
 
 
 def _model_type(config: OfficialConfig) -> str:
-    if config.MODEL.TYPE not in ENCODERS:
-        raise ValueError(f"MODEL.TYPE must be one of {', '.join(ENCODERS)}, got {config.MODEL.TYPE!r}")
+    check_choice("MODEL.TYPE", config.MODEL.TYPE, ENCODERS)
     return config.MODEL.TYPE
 
 
 def encoder_arguments(config: OfficialConfig) -> dict[str, object]:
-    """The encoder's arguments in an official configuration (`build_simmim` of both official repositories)."""
-    kind = config.MODEL.TYPE
+    """The encoder's arguments in an official configuration (`build_simmim` of both official repositories).
+
+    Raises:
+        ValueError: an unknown model type.
+    """
+    kind = _model_type(config)
     node = config.MODEL[kind.upper()]
     arguments = {argument: node[key] for key, argument in OFFICIAL_KEYS[kind].items()}
     if kind != "vit":
@@ -144,9 +146,4 @@ def _check_keywords(encoder: str, kwargs: dict[str, object]) -> None:
     known -= {"self"}
     for name in kwargs:
         if name not in known:
-            raise TypeError(f"unknown argument {name!r} for encoder {encoder!r}{_nearest(name, known)}")
-
-
-def _nearest(name: str, names: object) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name} is no argument of the encoder {encoder!r}{did_you_mean(name, known)}")

@@ -1,28 +1,41 @@
-"""What the three encoders share: pairs, patch embedding, MLP, stochastic depth, relative positions, input checks.
+"""What the three encoders share: patch embedding, MLP, stochastic depth, relative positions, input checks.
 
 Shapes: B batch, H and W the token grid (or the image, where said), C channels, N tokens of one window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from simmim_fast._arguments import check_at_least, check_choice, check_rate, check_types, mismatch
+from simmim_fast._backends import BACKENDS
+
 NormLayer = Callable[[int], nn.Module]
 
 
-def to_pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """Read an int or a pair as (height, width).
+def check_encoder_arguments(
+    constructor: Callable[..., None], values: Mapping[str, object], positive: Sequence[str]
+) -> None:
+    """Refuse arguments of an encoder's constructor that no image size or depth could make right.
+
+    Args:
+        constructor: Its annotations say of which type each argument is.
+        values: The arguments by name.
+        positive: Names of those that must be at least 1, besides the patch size and the channels.
 
     Raises:
-        ValueError: if it is neither, or not positive.
+        TypeError: an argument of the wrong type.
+        ValueError: one out of range, or a backend that there is none of.
     """
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return pair
+    check_types(constructor, values)
+    for name in ("patch_size", "in_chans", "embed_dim", *positive):
+        check_at_least(name, values[name], 1)
+    for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+        check_rate(name, values[name])
+    check_choice("backend", values["backend"], ("auto", *BACKENDS))
 
 
 def check_image_size(img_size: tuple[int, int], stride: int) -> None:
@@ -43,9 +56,10 @@ def check_images(images: Tensor, in_chans: int, img_size: tuple[int, int]) -> No
 
     Raises:
         ValueError: if the rank, the channels or the size differ.
-        TypeError: if the dtype is not a float.
+        TypeError: if it is no tensor, or the dtype is not a float.
     """
     expected = f"(B, {in_chans}, {img_size[0]}, {img_size[1]})"
+    _check_tensor("images", images)
     if images.dim() != 4 or tuple(images.shape[1:]) != (in_chans, *img_size):
         raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -57,14 +71,20 @@ def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> None:
 
     Raises:
         ValueError: if the shape differs.
-        TypeError: if the dtype is a float; a mask is bool or an integer.
+        TypeError: if it is no tensor, or the dtype is a float; a mask is bool or an integer.
     """
+    _check_tensor("mask", mask)
     if tuple(mask.shape) != (batch, *grid):
         raise ValueError(
             f"mask must have shape {(batch, *grid)}, one entry a patch (B, H/patch, W/patch), got {tuple(mask.shape)}"
         )
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or an integer dtype, got {mask.dtype}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise mismatch(name, value, Tensor)
 
 
 class PatchEmbed(nn.Module):

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ast
 import copy
-import difflib
 import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
+
+from simmim_fast._arguments import did_you_mean
 
 _SWIN_BASE = {
     "PATCH_SIZE": 4,
@@ -180,7 +183,9 @@ class OfficialConfig(Mapping[str, Any]):
         try:
             return self._values[name]
         except KeyError:
-            raise AttributeError(f"the configuration has no key {name}{_suggestion(name, self._values)}") from None
+            raise AttributeError(
+                f"the configuration has no key {name}{did_you_mean(name.upper(), self._values)}"
+            ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name} cannot be set: an OfficialConfig is read-only; use read_official_config's opts")
@@ -236,12 +241,24 @@ def read_official_config(
     return OfficialConfig(values)
 
 
+def changed_keys(config: OfficialConfig) -> list[str]:
+    """Dotted names of the keys whose values are not the official defaults."""
+    defaults = OfficialConfig(_DEFAULTS)
+    keys = [key for key in _dotted_keys(_DEFAULTS) if not isinstance(value_of(defaults, key), Mapping)]
+    return [key for key in keys if value_of(config, key) != value_of(defaults, key)]
+
+
+def value_of(config: OfficialConfig, key: str) -> Any:
+    """The value of a dotted key such as "MODEL.SWIN.EMBED_DIM"."""
+    return reduce(getitem, key.split("."), config)
+
+
 def _merge(new: Mapping[str, Any], values: dict[str, Any], source: str, prefix: str = "") -> None:
     """Writes `new` into `values`, checking keys and types; `source` names the origin in errors."""
     for name, value in new.items():
         key = f"{prefix}{name}"
         if name not in values:
-            raise ValueError(f"{source}: unknown key {key}{_suggestion(key, list(_dotted_keys(_DEFAULTS)))}")
+            raise ValueError(f"{source}: unknown key {key}{did_you_mean(key.upper(), list(_dotted_keys(_DEFAULTS)))}")
         if not isinstance(values[name], dict):
             values[name] = _converted(value, values[name], source, key)
         elif isinstance(value, Mapping):
@@ -323,11 +340,6 @@ def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _dotted_keys(value, f"{prefix}{name}.")
-
-
-def _suggestion(key: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    nearest = difflib.get_close_matches(key.upper(), list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _described(value: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from simmim_fast._arguments import check_at_least, check_choice, check_types
 from simmim_fast.models.heads import HEADS
 from simmim_fast.models.targets import check_target_window, norm_targets
 from simmim_fast.ops.linear_masked_loss.reference import linear_masked_loss, predict_pixels
@@ -16,14 +17,17 @@ class SimMIM(nn.Module):
     """Masked image modelling on raw pixels.
 
     Args:
-        encoder: `SwinTransformerForSimMIM`, `SwinTransformerV2ForSimMIM`, `VisionTransformerForSimMIM`, or a module
-            with their `encode`, `in_chans`, `img_size`, `patch_size` and `num_features`.
+        encoder: `SwinTransformerForSimMIM`, `SwinTransformerV2ForSimMIM`, `VisionTransformerForSimMIM`, or a module of
+            the official form: `encoder(images, mask)` returns features (B, num_features, H / stride, W / stride), and
+            it has `num_features`, `in_chans` and `patch_size`. Read where it has them: `img_size`, `no_weight_decay()`,
+            `no_weight_decay_keywords()`, and `encode(images, mask)`, which returns the features channels last.
         encoder_stride: Pixels of the image to one token of the encoder's output, along a side.
         norm_target: Whether each pixel of the target is normalised by the window around it.
         norm_target_patch_size: Side of that window in pixels, odd.
         head: "linear", the paper's, or "mlp".
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an even window, an unknown head.
     """
 
@@ -36,15 +40,16 @@ class SimMIM(nn.Module):
         norm_target_patch_size: int = 47,
         head: str = "linear",
     ) -> None:
-        super().__init__()
+        check_types(SimMIM.__init__, locals())
+        check_at_least("encoder_stride", encoder_stride, 1)
         check_target_window(norm_target_patch_size)
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        check_choice("head", head, HEADS)
+        super().__init__()
         self.encoder = encoder
         self.encoder_stride = encoder_stride
         self.decoder = HEADS[head](encoder.num_features, encoder_stride, encoder.in_chans)
         self.in_chans = encoder.in_chans
-        self.img_size = encoder.img_size
+        self.img_size = getattr(encoder, "img_size", None)
         self.patch_size = encoder.patch_size
         self.norm_target = norm_target
         self.norm_target_patch_size = norm_target_patch_size
@@ -77,9 +82,15 @@ class SimMIM(nn.Module):
 
     def _head_features(self, images: Tensor, mask: Tensor) -> Tensor:
         """What the last linear layer reads: (B, H / stride, W / stride, D)."""
-        features = self.encoder.encode(images, mask)
+        features = self._encode(images, mask)
         hidden = self.decoder[:-2]
         return hidden(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if len(hidden) else features
+
+    def _encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Features, channels last: (B, H / stride, W / stride, num_features)."""
+        if hasattr(self.encoder, "encode"):
+            return self.encoder.encode(images, mask)
+        return self.encoder(images, mask).permute(0, 2, 3, 1)
 
     def _head_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight (stride^2 in_chans, D) and bias of the last linear layer."""
@@ -88,7 +99,7 @@ class SimMIM(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the official optimizer does not decay."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {f"encoder.{name}" for name in _names(self.encoder, "no_weight_decay")}
 
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of names of parameters that the official optimizer does not decay.
@@ -96,4 +107,8 @@ class SimMIM(nn.Module):
         They carry the prefix `encoder.`, as officially, and so match no parameter inside a stage: the official
         pre-training decays its relative-position tables, and a drop-in must too.
         """
-        return {f"encoder.{keyword}" for keyword in self.encoder.no_weight_decay_keywords()}
+        return {f"encoder.{keyword}" for keyword in _names(self.encoder, "no_weight_decay_keywords")}
+
+
+def _names(encoder: nn.Module, method: str) -> set[str]:
+    return getattr(encoder, method)() if hasattr(encoder, method) else set()

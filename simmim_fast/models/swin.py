@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simmim_fast._arguments import check_at_least, size_pair
 from simmim_fast.models.layers import (
     DropPath,
     Mlp,
     NormLayer,
     PatchEmbed,
+    check_encoder_arguments,
     check_image_size,
     check_mask,
     init_linear_and_norm,
     stochastic_depth_rates,
-    to_pair,
 )
 from simmim_fast.ops import substitute_mask_tokens
 from simmim_fast.ops.shifted_window_attention.reference import (
@@ -208,7 +209,9 @@ class SwinTransformer(nn.Module):
         backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
 
     Raises:
-        ValueError: sizes that do not divide, lists of different lengths, a window that no stage can fill.
+        TypeError: an argument of the wrong type.
+        ValueError: one out of range, sizes that do not divide, lists of different lengths, a window that no stage can
+            fill.
     """
 
     block_layer: type[nn.Module] = SwinTransformerBlock
@@ -236,8 +239,10 @@ class SwinTransformer(nn.Module):
         use_checkpoint: bool = False,
         backend: str = "auto",
     ) -> None:
+        check_encoder_arguments(SwinTransformer.__init__, locals(), ())
         super().__init__()
-        self.img_size = to_pair(img_size, "img_size")
+        _check_stages(embed_dim, depths, num_heads)
+        self.img_size = size_pair("img_size", img_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -245,8 +250,7 @@ class SwinTransformer(nn.Module):
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.backend = backend
-        window = to_pair(window_size, "window_size")
-        _check_stages(embed_dim, depths, num_heads)
+        window = size_pair("window_size", window_size)
         check_image_size(self.img_size, self.stride)
         self.patch_embed = PatchEmbed(
             self.img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None
@@ -362,9 +366,13 @@ class SwinTransformerForSimMIM(MaskedSwin, SwinTransformer):
 
 
 def _check_stages(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
+    if not depths:
+        raise ValueError(f"depths must have at least one stage, got {depths}")
     if len(depths) != len(num_heads):
         raise ValueError(f"num_heads must have one entry a stage: depths has {len(depths)}, got {len(num_heads)}")
     for stage, heads in enumerate(num_heads):
+        check_at_least("depths", depths[stage], 1)
+        check_at_least("num_heads", heads, 1)
         if embed_dim * 2**stage % heads:
             raise ValueError(
                 f"num_heads must divide the channels of its stage: {embed_dim * 2**stage} in stage {stage}, got {heads}"

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim_fast._arguments import check_at_least, check_types
 from simmim_fast.models.layers import NormLayer
 from simmim_fast.models.swin import MaskedSwin, SwinTransformer, SwinTransformerBlock, gather_neighbours
 from simmim_fast.ops.shifted_window_attention.reference import relative_position_index, shifted_window_attention
@@ -135,18 +136,26 @@ class SwinTransformerV2(SwinTransformer):
     Takes the arguments of `SwinTransformer` but `qk_scale`, and:
 
     Args:
-        pretrained_window_sizes: Side of the window of each stage in pre-training; 0 for this model's.
+        pretrained_window_sizes: Side of the window of each stage in pre-training, 0 for this model's; None for all 0.
+            Entries beyond the last stage are not read, as officially.
     """
 
     block_layer = SwinTransformerV2Block
     merging_layer = PatchMergingV2
 
-    def __init__(self, *args: object, pretrained_window_sizes: Sequence[int] = (0, 0, 0, 0), **kwargs: object) -> None:
+    def __init__(self, *args: object, pretrained_window_sizes: Sequence[int] | None = None, **kwargs: object) -> None:
+        check_types(SwinTransformerV2.__init__, {"pretrained_window_sizes": pretrained_window_sizes})
         if kwargs.pop("qk_scale", None) is not None:
             raise ValueError("qk_scale must be None in Swin V2: its cosine attention has a learnt temperature")
         super().__init__(*args, **kwargs)
-        for stage, trained_size in enumerate(pretrained_window_sizes[: len(self.layers)]):
-            for block in self.layers[stage].blocks:
+        trained_sizes = [0] * len(self.layers) if pretrained_window_sizes is None else pretrained_window_sizes
+        if len(trained_sizes) < len(self.layers):
+            raise ValueError(
+                f"pretrained_window_sizes must have one entry a stage, so {len(self.layers)}, got {trained_sizes}"
+            )
+        for stage, trained_size in zip(self.layers, trained_sizes, strict=False):
+            check_at_least("pretrained_window_sizes", trained_size, 0)
+            for block in stage.blocks:
                 nn.init.zeros_(block.norm1.weight)
                 nn.init.zeros_(block.norm2.weight)
                 if trained_size:

@@ -22,6 +22,23 @@ def norm_targets(images: Tensor, window: int) -> Tensor:
     Raises:
         ValueError: if the window is even or not positive.
     """
+    mean, deviation = local_statistics(images, window)
+    return (images - mean) / deviation
+
+
+def local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the window around each pixel, channel by channel; see `norm_targets`.
+
+    Args:
+        images: (B, C, H, W), float.
+        window: Side of the window in pixels, odd.
+
+    Returns:
+        Mean, and square root of the unbiased variance + 1e-6: each (B, C, H, W).
+
+    Raises:
+        ValueError: if the window is even or not positive.
+    """
     check_target_window(window)
     mean, mean_square = (
         F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False) for x in (images, images**2)
@@ -29,7 +46,7 @@ def norm_targets(images: Tensor, window: int) -> Tensor:
     ones = torch.ones_like(images)
     count = F.avg_pool2d(ones, window, stride=1, padding=window // 2, count_include_pad=True) * window**2
     variance = ((mean_square - mean**2) * (count / (count - 1))).clamp(min=0)
-    return (images - mean) / (variance + 1e-6) ** 0.5
+    return mean, (variance + 1e-6) ** 0.5
 
 
 def check_target_window(window: int) -> None:

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim_fast._arguments import size_pair
 from simmim_fast.models.layers import (
     DropPath,
     Mlp,
     NormLayer,
     PatchEmbed,
+    check_encoder_arguments,
     check_image_size,
     check_mask,
     stochastic_depth_rates,
-    to_pair,
 )
 from simmim_fast.ops import substitute_mask_tokens
 from simmim_fast.ops.biased_attention.reference import biased_attention
@@ -189,7 +190,8 @@ class VisionTransformer(nn.Module):
         backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
 
     Raises:
-        ValueError: an image that the patch does not divide, channels that the heads do not divide.
+        TypeError: an argument of the wrong type.
+        ValueError: one out of range, an image that the patch does not divide, channels that the heads do not divide.
     """
 
     def __init__(
@@ -216,8 +218,9 @@ class VisionTransformer(nn.Module):
         init_scale: float = 0.001,
         backend: str = "auto",
     ) -> None:
+        check_encoder_arguments(VisionTransformer.__init__, locals(), ("depth", "num_heads"))
         super().__init__()
-        self.img_size = to_pair(img_size, "img_size")
+        self.img_size = size_pair("img_size", img_size)
         self.patch_size = self.stride = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simmim_fast.data import denormalize
 from simmim_fast.models import SimMIM
+from simmim_fast.models.targets import local_statistics
 from simmim_fast.report.figures import INK, MUTED, new_figure, save_figure
 
 # Shade of the hidden cells in the middle column, between black and white.
@@ -101,12 +101,8 @@ def _mean_over(pixels: Tensor, where: Tensor) -> Tensor:
 
 def _undo_norm_target(prediction: Tensor, images: Tensor, window: int) -> Tensor:
     """Inverse of `norm_targets`, whose statistics are those of `images`."""
-    mean, mean_square, count = (
-        F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=padded)
-        for x, padded in ((images, False), (images**2, False), (torch.ones_like(images) * window**2, True))
-    )
-    variance = (mean_square - mean**2).clamp(min=0) * count / (count - 1)
-    return prediction * (variance + 1e-6).sqrt() + mean
+    mean, deviation = local_statistics(images, window)
+    return prediction * deviation + mean
 
 
 def draw_reconstruction(reconstruction: Reconstruction, path: str | os.PathLike[str], *, title: str = "") -> Path:

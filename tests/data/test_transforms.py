@@ -95,8 +95,8 @@ def test_channel_stats():
         pytest.param(lambda: channel_stats(1, std=(1, 1)), ValueError, "std: .*1 channels, got", id="std-count"),
         pytest.param(lambda: channel_stats(1, std=(0,)), ValueError, "std: expected positive", id="std-zero"),
         pytest.param(lambda: denormalize(torch.zeros(4, 8, 8)), ValueError, "mean: expected 4", id="denormalize"),
-        pytest.param(lambda: pretrain_transform(0), ValueError, "img_size: .*got 0", id="size-zero"),
-        pytest.param(lambda: eval_transform("big"), TypeError, "img_size: .*got 'big'", id="size-string"),
+        pytest.param(lambda: pretrain_transform(0), ValueError, "img_size must be .*got 0", id="size-zero"),
+        pytest.param(lambda: eval_transform("big"), TypeError, "img_size must be .*got 'big'", id="size-string"),
     ],
 )
 def test_refused_arguments_are_named(call, error, message):

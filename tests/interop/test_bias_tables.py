@@ -54,17 +54,17 @@ def test_dtype_is_kept_and_gradient_is_not(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "source", "target", "message"),
+    ("shape", "source", "target", "error", "message"),
     [
-        ((25, 2), 4, 6, r"table must be \(49, heads\), or \(52, heads\).*source_window 4, got \(25, 2\)"),
-        ((25,), 3, 6, r"got \(25,\)"),
-        ((9, 2), 2, 6, "source_window must be an int or a pair of ints, at least 3, got 2"),
-        ((25, 2), 3, 0, "target_window .* at least 1, got 0"),
-        ((25, 2), 3.0, 6, r"source_window .* got 3\.0"),
-        ((25, 2), 3, (6, 6, 6), r"target_window .* got \(6, 6, 6\)"),
+        ((25, 2), 4, 6, ValueError, r"table must be \(49, heads\), or \(52, heads\).*source_window 4, got \(25, 2\)"),
+        ((25,), 3, 6, ValueError, r"got \(25,\)"),
+        ((9, 2), 2, 6, ValueError, "source_window must be at least 3 on each side, got 2"),
+        ((25, 2), 3, 0, ValueError, "target_window must be at least 1 on each side, got 0"),
+        ((25, 2), 3.0, 6, TypeError, r"source_window .* got 3\.0"),
+        ((25, 2), 3, (6, 6, 6), TypeError, r"target_window .* got \(6, 6, 6\)"),
     ],
     ids=["other window", "one dimension", "small source", "no target", "float", "triple"],
 )
-def test_bad_input(shape, source, target, message) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_input(shape, source, target, error, message) -> None:
+    with pytest.raises(error, match=message):
         resize_relative_position_bias(torch.zeros(shape), source, target)

@@ -196,7 +196,7 @@ FAULTS = {
     ),
     "config of unknown keys": (
         lambda weights: {"model": weights, "config": {"MODEL": {"TYPE": "vit", "VIT": {"DEPHT": 2}}}},
-        r"unknown key MODEL\.VIT\.DEPHT; did you mean MODEL\.VIT\.DEPTH",
+        r"unknown key MODEL\.VIT\.DEPHT; did you mean 'MODEL\.VIT\.DEPTH'",
     ),
     "fine-tuned": (
         lambda weights: {"model": {"cls_token": weights["encoder.cls_token"], "head.weight": torch.zeros(2, 12)}},

@@ -173,7 +173,7 @@ def test_wrong_types(tmp_path: Path, key: str, given: Any, message: str) -> None
 def test_unknown_keys_name_the_nearest(key: str, nearest: str) -> None:
     unknown = "MODLE" if key.startswith("MODLE") else key
     with pytest.raises(
-        ValueError, match=rf"opts: unknown key {unknown}; did you mean {nearest.removesuffix('.TYPE')}\?"
+        ValueError, match=rf"opts: unknown key {unknown}; did you mean '{nearest.removesuffix('.TYPE')}'\?"
     ):
         read_official_config({}, [key, 1])
 
@@ -294,7 +294,7 @@ def test_access() -> None:
     assert "DATA" in dir(config)
     assert isinstance(config.to_dict()["DATA"], dict)
     assert not hasattr(config, "LOSS")
-    with pytest.raises(AttributeError, match=r"no key MODELS; did you mean MODEL\?"):
+    with pytest.raises(AttributeError, match=r"no key MODELS; did you mean 'MODEL'\?"):
         _ = config.MODELS
     with pytest.raises(KeyError):
         config["MODELS"]

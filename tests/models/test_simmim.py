@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from simmim_fast import PRESETS, create_model
+from simmim_fast import PRESETS, SimMIM, build_model, create_model
 from simmim_fast.masking import MaskGenerator
 from simmim_fast.models.layers import DropPath
-from simmim_fast.models.targets import norm_targets
+from simmim_fast.models.targets import local_statistics, norm_targets
 
 SMALL = {
     "swin": {"img_size": 64, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
@@ -138,6 +138,9 @@ def test_norm_targets_is_the_local_z_score():
     window = images[0, 1, 0:3, 2:7]  # around (0, 4), cut at the top
     expected = (images[0, 1, 0, 4] - window.mean()) / (window.var() + 1e-6).sqrt()
     assert norm_targets(images, 5)[0, 1, 0, 4].item() == pytest.approx(expected.item(), rel=1e-9)
+    mean, deviation = local_statistics(images, 5)
+    assert mean[0, 1, 0, 4].item() == pytest.approx(window.mean().item(), rel=1e-9)
+    assert deviation[0, 1, 0, 4].item() == pytest.approx((window.var() + 1e-6).sqrt().item(), rel=1e-9)
 
 
 def test_drop_path_keeps_or_drops_whole_samples():
@@ -149,18 +152,6 @@ def test_drop_path_keeps_or_drops_whole_samples():
     assert set(per_sample[:, 0].tolist()) == {0.0, torch.tensor(1.0).div(0.75).item()}
     assert (per_sample[:, 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert torch.equal(DropPath(0.25).eval()(x), x)
-
-
-def test_official_initialisation():
-    swin, v2, vit = build("swin", embed_dim=64), build("swinv2"), build("vit", embed_dim=128, num_heads=2)
-    linear = swin.encoder.layers[0].blocks[0].mlp.fc1
-    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert not linear.bias.any()
-    assert not any(block.norm1.weight.any() for stage in v2.encoder.layers for block in stage.blocks)
-    assert vit.encoder.blocks[0].mlp.fc1.weight.abs().max().item() <= 0.02  # SimMIM's ViT is cut at one deviation
-    ratio = vit.encoder.blocks[1].mlp.fc2.weight.std() / vit.encoder.blocks[0].mlp.fc2.weight.std()
-    assert ratio.item() == pytest.approx(0.5**0.5, rel=0.1)
-    assert vit.encoder.mask_token.abs().max().item() <= 0.02
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -184,8 +175,36 @@ def test_keywords_override_a_preset():
         (lambda: create_model("simmim_swin_bas_192"), ValueError, "did you mean 'simmim_swin_base_192'"),
         (lambda: create_model("swin", embed_dims=96), TypeError, "did you mean 'embed_dim'"),
         (lambda: build("swin", img_size=60), ValueError, "multiple of the encoder's stride 8 .* got height 60"),
-        (lambda: build("swin", img_size=(64, 0)), ValueError, "img_size must be a positive int or a pair"),
+        (
+            lambda: build("swin", img_size=(64, 0)),
+            ValueError,
+            r"img_size must be at least 1 on each side, got \(64, 0\)",
+        ),
         (lambda: build("swin", window_size=17), ValueError, "window_size must fit the grid of patches 16 x 16, got 17"),
+        (lambda: build("swin", img_size=None), TypeError, "img_size must be .* got None"),
+        (lambda: build("vit", img_size=64.0), TypeError, "img_size must be .* got 64.0"),
+        (lambda: build("swin", window_size=True), TypeError, "window_size must be .* got True"),
+        (lambda: build("swin", depths=3), TypeError, "depths must be a list of integers, got 3"),
+        (lambda: build("swin", depths=(), num_heads=()), ValueError, r"depths must have at least one stage, got \(\)"),
+        (lambda: build("swin", num_heads=(0, 1)), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda: build("swin", patch_size=-4), ValueError, "patch_size must be at least 1, got -4"),
+        (lambda: build("vit", patch_size=0), ValueError, "patch_size must be at least 1, got 0"),
+        (lambda: build("swinv2", in_chans=0), ValueError, "in_chans must be at least 1, got 0"),
+        (lambda: build("vit", embed_dim="abc"), TypeError, "embed_dim must be an integer, got 'abc'"),
+        (lambda: build("vit", depth=0), ValueError, "depth must be at least 1, got 0"),
+        (
+            lambda: build("vit", drop_path_rate=1.0),
+            ValueError,
+            "drop_path_rate must be at least 0 and below 1, got 1.0",
+        ),
+        (lambda: build("swin", backend="nativ"), ValueError, "backend must be one of .*; did you mean 'native'"),
+        (lambda: build("swin", norm_target=3), TypeError, "norm_target must be a boolean, got 3"),
+        (lambda: build("swinv2", pretrained_window_sizes=(4,)), ValueError, "one entry a stage, so 2, got"),
+        (
+            lambda: build_model({"MODEL": {"TYPE": "swni"}}),
+            ValueError,
+            "MODEL.TYPE must be one of .*did you mean 'swin'",
+        ),
         (lambda: build("swin", num_heads=(1,)), ValueError, "num_heads must have one entry a stage"),
         (lambda: build("swin", num_heads=(3, 2)), ValueError, "num_heads must divide the channels"),
         (lambda: build("swin", num_classes=10), ValueError, "num_classes must be 0"),
@@ -210,6 +229,8 @@ def test_construction_refuses(call, error, message):
         (lambda x, m: (x.int(), m), TypeError, "images must be a float tensor, got torch.int32"),
         (lambda x, m: (x, m[:, 1:]), ValueError, "mask must have shape"),
         (lambda x, m: (x, m[:1]), ValueError, "mask must have shape"),
+        (lambda x, m: (x, None), TypeError, "mask must be a Tensor, got None"),
+        (lambda x, m: (x.numpy(), m), TypeError, "images must be a Tensor, got array"),
         (lambda x, m: (x, m.float()), TypeError, "mask must be bool or an integer dtype, got torch.float32"),
     ],
 )
@@ -217,6 +238,34 @@ def test_inputs_refused(encoder, change, error, message):
     model = build(encoder)
     with pytest.raises(error, match=message):
         model(*change(*batch(model)))
+
+
+class OfficialEncoder(nn.Module):
+    """An encoder as the official code knows it: without `encode` and `img_size`."""
+
+    num_features, in_chans, patch_size = 8, 3, 4
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 8, kernel_size=8, stride=8)
+
+    def forward(self, images, mask):
+        return self.proj(images * mask.logical_not().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None])
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_an_encoder_of_the_official_form(head):
+    torch.manual_seed(0)
+    model = SimMIM(OfficialEncoder(), 8, head=head)
+    images = torch.randn(2, 3, 32, 48)
+    mask = torch.rand(2, 8, 12) < 0.6
+    expected = model.decoder(model.encoder(images, mask))
+    assert torch.allclose(model.reconstruct(images, mask), expected, atol=1e-6)
+    pixels = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    error = (expected - images).abs().permute(0, 2, 3, 1)[pixels].mean()
+    assert model(images, mask).item() == pytest.approx(error.item(), rel=1e-5)
+    assert model.img_size is None
+    assert model.no_weight_decay() == model.no_weight_decay_keywords() == set()
 
 
 def test_modules_print_their_geometry():
