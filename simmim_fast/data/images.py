@@ -7,13 +7,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EXTENSIONS = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -148,6 +150,8 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         Exception: Whatever Pillow raises where the file is missing, truncated, no image, or above its limit of pixels.
         ValueError: Pixels are wider than 16 bits or floats, whose range no file states.
     """
+    from PIL import Image, ImageOps
+
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
@@ -182,6 +186,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scales grayscale of 16 bits, which Pillow would clip at 255, to 8 bits."""
+    from PIL import Image
+
     pixels = np.asarray(image)
     if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 0xFFFF:
         span = f"{pixels.min()} to {pixels.max()}"
@@ -216,7 +222,14 @@ def _walk(folder: str, parents: frozenset[tuple[int, int]]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(entry.path, parents | {identity})
             elif entry.name.lower().endswith(EXTENSIONS):
                 yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or to where one may not look: unreadable as an image is
+        return False

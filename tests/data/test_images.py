@@ -110,6 +110,17 @@ def test_files_without_a_class_are_labelled_minus_one(tmp_path):
     assert [(sample.label, sample.index) for sample in dataset] == [(-1, 0), (0, 1)]
 
 
+def test_a_link_that_leads_to_itself_is_an_unreadable_image(tmp_path):
+    write(tmp_path, {"a.jpg": jpeg()})
+    for name in ("loop", "loop.jpg"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    dataset = ImageFolder(tmp_path, to_tensor)
+    assert [os.path.basename(dataset.path(index)) for index in range(len(dataset))] == ["a.jpg", "loop.jpg"]
+    sample = dataset[1]
+    assert sample.index == 0
+    assert [os.path.basename(image.path) for image in sample.unreadable] == ["loop.jpg"]
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     root = write(tmp_path / "root", {"a/1.jpg": jpeg()})
     outside = write(tmp_path / "outside", {"2.jpg": jpeg(), "deep/3.jpg": jpeg()})
