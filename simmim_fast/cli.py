@@ -8,11 +8,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 
 import simmim_fast
+from simmim_fast._arguments import check_choice, renamed
 from simmim_fast.train.options import OptionParser, add_config, config_from
 from simmim_fast.train.run import LOSS_PLOT, PICTURE, UNREADABLE
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _prepare(arguments)
-    except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, argparse.ArgumentError) as error:
         return _fail(error, BAD_INPUT)
     try:
         command()
@@ -54,7 +55,10 @@ def _prepare(arguments: list[str]) -> Command:
     """Parses the command line and checks what it asks for; the result does it."""
     official, arguments = _split_official(arguments)
     parsers = {"pretrain": _pretrain_parser(), "reconstruct": _reconstruct_parser(), "info": _info_parser()}
-    parsers["pretrain"].set_defaults(official)
+    first = arguments[0] if arguments else None
+    if first is None or not first.startswith("-"):
+        check_choice("the command", first, parsers)
+    parsers["pretrain"].set_defaults(official.options)
     parser = OptionParser(
         prog="simmim-fast",
         description="SimMIM pre-training with fused kernels.",
@@ -66,13 +70,25 @@ def _prepare(arguments: list[str]) -> Command:
     options = parser.parse_args(arguments)
     name = options.subcommand
     prepare = {"pretrain": _prepare_pretrain, "reconstruct": _prepare_reconstruct, "info": _prepare_info}[name]
-    return prepare(options[name], parsers[name])
+    with renamed({option: f"{option} ({key})" for option, key in official.names.items()}):
+        command = prepare(options[name], parsers[name])
+    if official.ignored:
+        print(f"--cfg: without effect on pre-training: {', '.join(official.ignored)}")
+    return command
 
 
-def _split_official(arguments: list[str]) -> tuple[Mapping[str, Any], list[str]]:
-    """What --cfg and --opts say, in our names, and the command line without them."""
+class _Official(NamedTuple):
+    """What --cfg and --opts say: options by our names, the official key behind each, and keys without effect."""
+
+    options: Mapping[str, Any]
+    names: Mapping[str, str]
+    ignored: Sequence[str]
+
+
+def _split_official(arguments: list[str]) -> tuple[_Official, list[str]]:
+    """What --cfg and --opts say, and the command line without them."""
     if arguments[:1] != ["pretrain"]:
-        return {}, arguments
+        return _Official({}, {}, ()), arguments
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--cfg")
     parser.add_argument("--opts", nargs="*", default=[])
@@ -80,10 +96,11 @@ def _split_official(arguments: list[str]) -> tuple[Mapping[str, Any], list[str]]
     if official.cfg is None and official.opts:
         raise ValueError("--opts changes the file that --cfg names, got no --cfg")
     if official.cfg is None:
-        return {}, rest
-    from simmim_fast.train.official import read_official_options
+        return _Official({}, {}, ()), rest
+    from simmim_fast.train.official import ignored_keys, official_names, read_official_options
 
-    return read_official_options(official.cfg, official.opts), rest
+    source = official.cfg, official.opts
+    return _Official(read_official_options(*source), official_names(*source), ignored_keys(*source)), rest
 
 
 def _pretrain_parser() -> OptionParser:
@@ -95,7 +112,13 @@ def _pretrain_parser() -> OptionParser:
     parser.add_argument(
         "--opts", type=str, nargs="*", default=argparse.SUPPRESS, help="official KEY VALUE pairs that change --cfg"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    # Not part of a configuration: without a default, --print_config leaves it out.
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="replace the run that the output folder holds",
+    )
     add_config(parser)
     return parser
 
@@ -106,7 +129,7 @@ def _prepare_pretrain(options: Namespace, parser: OptionParser) -> Command:
 
     if "cfg" in options or "opts" in options:
         raise ValueError("cfg and opts belong on the command line, got them in a --config file")
-    return partial(_pretrain, prepare(config_from(options, parser), overwrite=options.overwrite))
+    return partial(_pretrain, prepare(config_from(options, parser), overwrite=options.get("overwrite", False)))
 
 
 def _pretrain(job: Job) -> None:
@@ -125,6 +148,7 @@ def _pretrain(job: Job) -> None:
         [job.dataset.path(index) for index in readable],
         out / PICTURE,
         title="Images of the training folder",
+        device=job.config.device,
     )
     print(f"{result.summary()}\ncheckpoint: {checkpoint}\npictures: {out / LOSS_PLOT} {out / PICTURE}")
 

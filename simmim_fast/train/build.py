@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from simmim_fast._arguments import renamed
 from simmim_fast.data import ImageFolder, pretrain_transform
 from simmim_fast.masking import MaskGenerator
 from simmim_fast.models import SimMIM, create_model
@@ -30,24 +31,28 @@ def choose_device(name: str) -> torch.device:
 def build_model(config: PretrainConfig) -> SimMIM:
     """The model, freshly initialised. Errors are those of `create_model`."""
     img_size = {} if config.img_size is None else {"img_size": config.img_size}
-    return create_model(config.model, **{**config.model_args, **img_size})
+    names = {name: f"model_args.{name}" for name in config.model_args if name not in img_size}
+    with renamed({**names, "encoder": "model"}):
+        return create_model(config.model, **{**config.model_args, **img_size})
 
 
 def build_masks(config: PretrainConfig, model: SimMIM) -> MaskGenerator:
     """The masks that fit the model. Errors are those of `MaskGenerator`."""
-    return MaskGenerator(
-        model.img_size,
-        config.mask_patch_size,
-        model.patch_size,
-        config.mask_ratio,
-        encoder_stride=model.encoder_stride,
-    )
+    with renamed({"input_size": "img_size"}):
+        return MaskGenerator(
+            model.img_size,
+            config.mask_patch_size,
+            model.patch_size,
+            config.mask_ratio,
+            encoder_stride=model.encoder_stride,
+        )
 
 
 def build_dataset(config: PretrainConfig, model: SimMIM) -> ImageFolder:
     """The folder of images, cropped at random to the model's size. Errors are those of `ImageFolder`."""
     transform = pretrain_transform(model.img_size, channels=model.in_chans, mean=config.mean, std=config.std)
-    return ImageFolder(config.data, transform, channels=model.in_chans)
+    with renamed({"root": "data", "channels": "model_args.in_chans"}):
+        return ImageFolder(config.data, transform, channels=model.in_chans)
 
 
 def count_workers(config: PretrainConfig) -> int:

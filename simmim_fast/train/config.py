@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from simmim_fast._arguments import check_at_least, check_rate, check_types
+
 # Images in a batch for which the official base rates are meant.
 REFERENCE_BATCH = 512
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+# Epochs of warm-up in the released recipes, of 100 and of 800 epochs.
+LONGEST_WARMUP = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,13 @@ class OptimizerConfig:
     """SGD's momentum"""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_types(OptimizerConfig, vars(self), "optimizer.")
+        for name in ("base_lr", "weight_decay", "eps", "momentum"):
+            check_at_least(f"optimizer.{name}", getattr(self, name), 0)
         if self.lr is not None:
-            _at_least("optimizer.lr", self.lr, 0)
-        _at_least("optimizer.base_lr", self.base_lr, 0)
+            check_at_least("optimizer.lr", self.lr, 0)
+        for beta in self.betas:
+            check_rate("optimizer.betas", beta)
 
     def rate_scale(self, images: int) -> float:
         """Factor on the base rates for an update over `images` images; 1 where `lr` is given."""
@@ -57,8 +59,8 @@ class ScheduleConfig:
 
     name: Literal["cosine", "linear", "step", "multistep"] = "cosine"
     """shape after the warm-up"""
-    warmup_epochs: float = 10.0
-    """epochs of linear warm-up"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up (null: a tenth of all, 10 at most)"""
     warmup_lr: float = 1e-6
     """rate at the start of the warm-up (for 512 images, unless optimizer.lr is given)"""
     min_lr: float = 1e-5
@@ -75,13 +77,31 @@ class ScheduleConfig:
     """multistep: factor of each drop"""
 
     def __post_init__(self) -> None:
-        _at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
+        check_types(ScheduleConfig, vars(self), "schedule.")
+        if self.warmup_epochs is not None:
+            check_at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
         if self.name == "step" and self.decay_epochs <= 0:
             raise ValueError(f"schedule.decay_epochs must be positive, got {self.decay_epochs}")
-        if self.name == "multistep" and min(self.multisteps, default=-1) < self.warmup_epochs:
+        if self.name == "multistep" and not self.multisteps:
+            raise ValueError("schedule.multisteps must hold at least one epoch, got none")
+
+    def warmup(self, epochs: int) -> float:
+        """Epochs of warm-up in a run of `epochs`."""
+        return min(epochs / 10, LONGEST_WARMUP) if self.warmup_epochs is None else self.warmup_epochs
+
+    def check_fit(self, epochs: int) -> None:
+        """Refuses a schedule that does not fit into a run of `epochs`.
+
+        Raises:
+            ValueError: the warm-up is longer than the run, or a step lies within it.
+        """
+        warmup = self.warmup(epochs)
+        if warmup > epochs:
+            raise ValueError(f"schedule.warmup_epochs must be at most epochs={epochs}, got {warmup}")
+        if self.name == "multistep" and min(self.multisteps) < warmup:
             raise ValueError(
-                "schedule.multisteps must hold at least one epoch, and none within the warm-up "
-                f"(schedule.warmup_epochs={self.warmup_epochs}), got {list(self.multisteps)}"
+                f"schedule.multisteps must hold no epoch within the warm-up (schedule.warmup_epochs={warmup}), got "
+                f"{list(self.multisteps)}"
             )
 
 
@@ -110,7 +130,7 @@ class PretrainConfig:
     batch_size: int = 128
     """images that go through the model at once"""
     accumulation_steps: int = 1
-    """batches in one update; equals one update over the one large batch"""
+    """batches in one update; without dropout and stochastic depth it equals that over the one large batch"""
     epochs: int = 100
     """passes over the images"""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -137,18 +157,17 @@ class PretrainConfig:
     """compile the model with torch.compile"""
 
     def __post_init__(self) -> None:
+        check_types(PretrainConfig, vars(self))
         for name in ("batch_size", "accumulation_steps", "epochs", "print_freq", "save_freq", "keep"):
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
         if self.workers is not None:
-            _at_least("workers", self.workers, 0)
+            check_at_least("workers", self.workers, 0)
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be above 0 and at most 1, got {self.mask_ratio}")
-        if self.clip_grad is not None and self.clip_grad <= 0:
+        if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be positive, or null for no clipping, got {self.clip_grad}")
-        if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs must be at most epochs={self.epochs}, got {self.schedule.warmup_epochs}"
-            )
+        self.schedule.check_fit(self.epochs)
 
     @property
     def images_per_update(self) -> int:

@@ -46,7 +46,7 @@ def train(job: Job) -> Path:
     model = torch.compile(job.model) if config.compile else job.model
     readings, interrupt = Readings(images), Interrupt()
 
-    with interrupt.listening(), open_progress(len(updates)) as progress, job.folder as folder:
+    with interrupt.listening(), open_progress(len(updates)) as progress, job.folder.open(updates.unreadable) as folder:
         for step, micro_batches in enumerate(readings.waiting(updates), start=1):
             lr = set_learning_rates(optimizer, schedule, step - 1)
             scalars = train_step(model, optimizer, micro_batches, config.clip_grad, bf16=config.precision == "bf16")
@@ -64,7 +64,6 @@ def train(job: Job) -> Path:
                 checkpoint = folder.save(job.model, step=step, epoch=row["epoch"])
             if stopping:
                 break
-        folder.list_unreadable(updates.unreadable)
     if interrupt.requested:
         raise KeyboardInterrupt(f"stopped by Ctrl-C after update {step} of {len(updates)}; checkpoint: {checkpoint}")
     return checkpoint
@@ -78,10 +77,11 @@ def train_step(
     *,
     bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One update, equal to that over all micro-batches at once.
+    """One update, equal to that over all micro-batches at once where the model draws nothing at random.
 
     The model averages over the masked pixels of its micro-batch; weighted by their share of all masked pixels of the
-    update, the losses, and so the gradients, add up to those of the one large batch.
+    update, the losses, and so the gradients, add up to those of the one large batch. Stochastic depth and dropout draw
+    anew for each micro-batch: with them the two differ by chance.
 
     Args:
         model: Called as `model(images, mask)`; returns the mean over the masked pixels and channels.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simmim_fast._arguments import check_choice
 from simmim_fast.train.config import OptimizerConfig
 
 Group = dict[str, Any]
@@ -79,12 +80,16 @@ def build_optimizer(groups: list[Group], config: OptimizerConfig, lr: float) -> 
         groups: `pretrain_groups` or `finetune_groups`.
         config: Which optimizer, and its constants.
         lr: Peak rate of the groups that name none; see `OptimizerConfig.peak_lr`.
+
+    Raises:
+        ValueError: an unknown optimizer.
     """
-    shared = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, **shared)
-    else:
-        optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, **shared)
+    optimizers = {
+        "adamw": partial(torch.optim.AdamW, betas=config.betas, eps=config.eps),
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum, nesterov=True),
+    }
+    check_choice("optimizer.name", config.name, optimizers)
+    optimizer = optimizers[config.name](groups, lr=lr, weight_decay=config.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,29 +16,37 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from simmim_fast._arguments import did_you_mean, mismatch
 from simmim_fast.train.config import PretrainConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-# How jsonargparse names an option that it does not know, on the command line and in a file.
+# How jsonargparse tells of a wrong value, of missing ones, and of an option that it does not know, typed or in a file.
+_WRONG = re.compile(r'Parser key "(?P<name>[^"]+)": .*(Got|Given) value: (?P<value>.*)')
+_MISSING = re.compile(r"arguments are required: (?P<names>.*)")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<flag>[^\s=]+)|(Group '(?P<group>.+)' .*)?option '(?P<key>.+)'", re.I
 )
 
 
 class OptionParser(ArgumentParser):
-    """jsonargparse's parser without prefix matching, whose every error is a ValueError of one line."""
+    """jsonargparse's parser without prefix matching, whose every error is a ValueError or TypeError of one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+        message = " ".join(message.split())
+        actions = {action.dest: action for action in self._actions}
+        if (wrong := _WRONG.search(message)) and hasattr(actions.get(wrong["name"]), "_typehint"):
+            raise mismatch(wrong["name"], wrong["value"], actions[wrong["name"]]._typehint) from ex
+        if missing := _MISSING.search(message):
+            names = (name.rpartition(".")[2] for name in missing["names"].split(", "))
+            raise ValueError(f"{' and '.join(names)} must be given, got nothing") from ex
         if unknown := _UNKNOWN.search(message):
             name = unknown["flag"] or ".".join(filter(None, (unknown["group"], unknown["key"])))
-            nearest = difflib.get_close_matches(name, list(_option_names(self)), n=1, cutoff=0.5)
-            message = f"unknown option {name}" + "".join(f"; did you mean {option}?" for option in nearest)
-        raise ValueError(message) from ex
+            raise ValueError(f"unknown option {name}{did_you_mean(name, list(_option_names(self)))}") from ex
+        raise ValueError(re.sub('Parser key "([^"]+)"', r"\1", message)) from ex
 
 
 def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -66,7 +73,7 @@ def read_config(path: str | os.PathLike[str]) -> PretrainConfig:
     """Reads a configuration from a YAML file.
 
     Raises:
-        ValueError: not YAML, an unknown option (with the nearest name), a missing one or a wrong value.
+        ValueError, TypeError: not YAML, an unknown option (with the nearest name), a missing one or a wrong value.
         OSError: the file cannot be read.
     """
     parser = OptionParser()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -31,15 +34,20 @@ class RunFolder:
         overwrite: Remove the files of the run that the folder holds already, once this one has its first line.
 
     Raises:
-        ValueError: the folder holds a run, or is a file.
+        ValueError: the folder holds a run, is a file, or cannot be written into or made where it is to lie.
     """
 
     def __init__(self, config: PretrainConfig, *, overwrite: bool = False) -> None:
         self.path = Path(config.out)
         self._config = config
         self._metrics: TextIO | None = None
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"out must be a folder, or the name of a new one, got the file {self.path}")
+        place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not place.is_dir():
+            raise ValueError(
+                f"out must be a folder, or the name of a new one, got {self.path}, where {place} is a file"
+            )
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"out must lie where one may write, got {self.path}, where {place} is read-only")
         if not overwrite and any((self.path / name).exists() for name in (CONFIG, METRICS, FOLDER)):
             raise ValueError(f"out must be a folder without a run, or --overwrite be given, got {self.path}")
 
@@ -56,18 +64,24 @@ class RunFolder:
         state = {"step": step, "epoch": epoch, "seed": self._config.seed, "versions": _versions()}
         return save_checkpoint(self.path, model, self._config, state, keep=self._config.keep)
 
-    def list_unreadable(self, unreadable: dict[str, str]) -> None:
-        """Writes path and reason of every image that could not be read, if there is one."""
+    @contextlib.contextmanager
+    def open(self, unreadable: Mapping[str, str]) -> Iterator[Self]:
+        """At the end of this block, however it ends, unreadable.txt is written, if there is anything to list.
+
+        Args:
+            unreadable: Reason by path of every image that could not be read, as the run fills it.
+        """
+        try:
+            yield self
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+                self._list_unreadable(unreadable)
+
+    def _list_unreadable(self, unreadable: Mapping[str, str]) -> None:
         if unreadable:
             lines = [f"{path}\t{reason}\n" for path, reason in sorted(unreadable.items())]
             (self.path / UNREADABLE).write_text("".join(lines), encoding="utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
 
     def _create(self) -> TextIO:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def build_schedule(config: ScheduleConfig, epochs: int, updates_per_epoch: int, 
     return Schedule(
         name=config.name,
         total=epochs * updates_per_epoch,
-        warmup=int(config.warmup_epochs * updates_per_epoch),
+        warmup=int(config.warmup(epochs) * updates_per_epoch),
         warmup_lr=config.warmup_lr * scale,
         min_lr=config.min_lr * scale,
         warmup_prefix=config.warmup_prefix,

@@ -1,27 +1,10 @@
-"""The configuration: YAML both ways, official files, refusals."""
+"""The configuration: YAML both ways, refusals."""
 
 from __future__ import annotations
 
 import pytest
 
 from simmim_fast.train import OptimizerConfig, PretrainConfig, ScheduleConfig, dump_config, read_config
-from simmim_fast.train.official import read_official_options
-
-OFFICIAL = """
-MODEL:
-  TYPE: swin
-  NAME: simmim_pretrain
-  DROP_PATH_RATE: 0.0
-  SWIN: {EMBED_DIM: 128, DEPTHS: [2, 2, 18, 2], NUM_HEADS: [4, 8, 16, 32], WINDOW_SIZE: 6}
-DATA: {IMG_SIZE: 192, MASK_PATCH_SIZE: 32, MASK_RATIO: 0.6}
-TRAIN:
-  EPOCHS: 800
-  WARMUP_EPOCHS: 10
-  BASE_LR: 1e-4
-  WARMUP_LR: 5e-7
-  LR_SCHEDULER: {NAME: multistep, GAMMA: 0.1, MULTISTEPS: [700,]}
-TAG: swin_base
-"""
 
 
 def test_yaml_round_trip(tmp_path):
@@ -39,36 +22,63 @@ def test_yaml_round_trip(tmp_path):
     assert read_config(tmp_path / "run.yaml") == config
 
 
-def test_official_file(tmp_path):
-    (tmp_path / "official.yaml").write_text(OFFICIAL)
-    options = read_official_options(tmp_path / "official.yaml", ["TRAIN.EPOCHS", "100", "DATA.DATA_PATH", "photos"])
-    assert options["model"] == "swin"
-    assert options["img_size"] == 192
-    assert options["model_args"]["depths"] == [2, 2, 18, 2]
-    assert options["epochs"] == 100
-    assert options["data"] == "photos"
-    assert options["optimizer.base_lr"] == 1e-4
-    assert options["schedule.name"] == "multistep"
-    assert tuple(options["schedule.multisteps"]) == (700,)
-    assert options["accumulation_steps"] == 1
-
-
-@pytest.mark.parametrize(("kind", "after_the_warmup"), [("swin", False), ("vit", False), ("swinv2", True)])
-def test_the_cosine_starts_where_the_repository_of_the_encoder_starts_it(kind, after_the_warmup, tmp_path):
-    (tmp_path / "official.yaml").write_text(f"MODEL: {{TYPE: {kind}}}")
-    assert read_official_options(tmp_path / "official.yaml")["schedule.warmup_prefix"] is after_the_warmup
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"mask_ratio": 1.5}, "mask_ratio must be above 0 and at most 1, got 1.5"),
         ({"clip_grad": 0.0}, "clip_grad must be positive, or null for no clipping, got 0.0"),
-        ({"epochs": 5}, "schedule.warmup_epochs must be at most epochs=5, got 10.0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"precision": "fp16"}, "precision must be one of bf16, fp32, got 'fp16'; did you mean 'bf16'?"),
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda, got 'gpu'"),
+        (
+            {"epochs": 5, "schedule": ScheduleConfig(warmup_epochs=10)},
+            "schedule.warmup_epochs must be at most epochs=5, got 10",
+        ),
+        (
+            {"schedule": ScheduleConfig(name="multistep", multisteps=(5,))},
+            r"schedule.multisteps must hold no epoch within the warm-up \(schedule.warmup_epochs=10.0\), got \[5\]",
+        ),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         PretrainConfig(data="photos", out="run", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "lamb"}, "optimizer.name must be one of adamw, sgd, got 'lamb'"),
+        ({"name": "adam"}, "got 'adam'; did you mean 'adamw'?"),
+        ({"betas": (0.9, 1.0)}, "optimizer.betas must be at least 0 and below 1, got 1.0"),
+        ({"eps": -1e-8}, "optimizer.eps must be at least 0, got -1e-08"),
+    ],
+)
+def test_the_optimizer_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OptimizerConfig(lr="fast"), "optimizer.lr must be a number or None, got 'fast'"),
+        (lambda: OptimizerConfig(betas=0.9), "optimizer.betas must be a pair of numbers, got 0.9"),
+        (lambda: ScheduleConfig(warmup_prefix=1), "schedule.warmup_prefix must be a boolean, got 1"),
+        (lambda: PretrainConfig(data="photos", out="run", epochs=1.5), "epochs must be an integer, got 1.5"),
+        (lambda: PretrainConfig(data="photos", out="run", epochs=True), "epochs must be an integer, got True"),
+        (lambda: PretrainConfig(data=None, out="run"), "data must be a string, got None"),
+        (lambda: PretrainConfig(data="photos", out="run", mean=0.5), "mean must be a list of numbers or None, got 0.5"),
+    ],
+)
+def test_values_of_another_type_are_refused(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(5, 0.5), (100, 10), (800, 10)])
+def test_the_warm_up_is_a_tenth_of_the_run_and_ten_epochs_at_most(epochs, warmup):
+    config = PretrainConfig(data="photos", out="run", epochs=epochs)
+    assert config.schedule.warmup(epochs) == pytest.approx(warmup)
