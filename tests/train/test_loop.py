@@ -14,18 +14,20 @@ from PIL import Image
 
 from simmim_fast import create_model
 from simmim_fast.train import (
+    Job,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
     build_optimizer,
-    build_schedule,
     load_checkpoint,
     loop,
+    prepare,
     pretrain,
     pretrain_groups,
-    set_learning_rates,
+    train,
     train_step,
 )
+from simmim_fast.train.run import RunFolder
 from tests import golden_data
 
 TINY = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.0}
@@ -62,28 +64,88 @@ def tiny_config(photos, out, **overrides) -> PretrainConfig:
     return PretrainConfig(data=str(photos), out=str(out), **{**settings, **overrides})
 
 
-def test_thirty_steps_equal_official():
+class GoldenUpdates:
+    """The golden run's images and masks, one micro-batch an update, as `UpdateStream` has them."""
+
+    def __init__(self, images, masks, per_epoch):
+        self.images, self.masks, self.per_epoch = images, masks, per_epoch
+        self.unreadable = {}
+
+    def __len__(self):
+        return len(self.masks)
+
+    def __iter__(self):
+        return ([(self.images, mask)] for mask in self.masks)
+
+
+class RecordingFolder(RunFolder):
+    """Keeps the rows as they are, besides writing them with six digits."""
+
+    def write(self, row):
+        vars(self).setdefault("rows", []).append(row)
+        super().write(row)
+
+
+def golden_job(out) -> tuple[Job, dict]:
     tensors, case = golden_data.read_case("train_swin_window6_img96")
     text = case["schedule"]
     number = {key: float(re.search(rf"{key} ([\d.e-]+)", text)[1]) for key in ("base", "warmup", "min")}
     epochs, per_epoch = (int(re.search(rf"(\d+) {key}", text)[1]) for key in ("epochs", "iters per epoch"))
-    model = golden_data.build_case(tensors, case, backend="reference")
-    optimizer = build_optimizer(
-        pretrain_groups(model), OptimizerConfig(lr=number["base"], weight_decay=0.05), number["base"]
-    )
-    config = ScheduleConfig(warmup_epochs=1, warmup_lr=number["warmup"], min_lr=number["min"])
-    schedule = build_schedule(config, epochs, per_epoch)
     images = tensors["images"].double()
+    rate_for_512 = 512 / len(images)
+    config = PretrainConfig(
+        data="golden",
+        out=str(out),
+        batch_size=len(images),
+        epochs=epochs,
+        precision="fp32",
+        clip_grad=case["clip_grad"],
+        optimizer=OptimizerConfig(base_lr=number["base"] * rate_for_512, weight_decay=0.05),
+        schedule=ScheduleConfig(
+            warmup_epochs=1, warmup_lr=number["warmup"] * rate_for_512, min_lr=number["min"] * rate_for_512
+        ),
+        print_freq=1,
+    )
+    model = golden_data.build_case(tensors, case, backend="reference")
+    return Job(config, RecordingFolder(config), None, model, GoldenUpdates(images, tensors["masks"], per_epoch)), case
 
-    rates, losses, norms = [], [], []
-    for step in range(case["steps"]):
-        rates.append(set_learning_rates(optimizer, schedule, step))
-        loss, norm = train_step(model, optimizer, [(images, tensors["masks"][step])], case["clip_grad"])
-        losses.append(loss.item())
-        norms.append(norm.item())
-    assert rates == pytest.approx(case["lr"], rel=1e-14)
-    assert losses == pytest.approx(case["loss"], rel=1e-7)
-    assert norms == pytest.approx(case["grad_norm"], rel=1e-7)
+
+def test_the_run_equals_the_official_one(tmp_path):
+    job, case = golden_job(tmp_path)
+    train(job)
+    rows = job.folder.rows
+    assert [row["step"] for row in rows] == list(range(1, case["steps"] + 1))
+    assert [row["lr"] for row in rows] == pytest.approx(case["lr"], rel=1e-14)
+    assert [row["loss"] for row in rows] == pytest.approx(case["loss"], rel=1e-7)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(case["grad_norm"], rel=1e-7)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in written] == pytest.approx(case["loss"], rel=1e-5)
+
+
+def test_the_run_clips_the_gradient_as_asked(photos, tmp_path):
+    optimizer = OptimizerConfig(name="sgd", lr=1.0, weight_decay=0.0, momentum=0.5)
+    job = prepare(tiny_config(photos, tmp_path, clip_grad=1e-3, optimizer=optimizer, print_freq=100))
+    before = [parameter.detach().double() for parameter in job.model.parameters()]
+    train(job)
+    moved = torch.nn.utils.get_total_norm([p.double() - q for p, q in zip(job.model.parameters(), before, strict=True)])
+    # Nesterov with momentum 0.5 goes at most twice as far as the clipped gradients together.
+    assert 0 < moved.item() < 2 * 1e-3 * len(job.updates)
+
+
+def test_the_run_goes_through_the_compiled_model(photos, tmp_path, monkeypatch):
+    compiled, seen = [], []
+
+    def compile_model(model):
+        compiled.append(model)
+        return lambda images, mask: seen.append(mask) or model(images, mask)
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    pretrain(tiny_config(photos, tmp_path / "plain"))
+    assert (compiled, seen) == ([], [])
+    job = prepare(tiny_config(photos, tmp_path / "compiled", compile=True))
+    train(job)
+    assert compiled == [job.model]
+    assert len(seen) == len(job.updates)
 
 
 def small_model():
@@ -163,6 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path):
     config = tiny_config(photos, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30), clip_grad=None, epochs=4)
     with pytest.raises(FloatingPointError, match=r"step \d+: expected a finite loss and gradient"):
         pretrain(config)
+    assert "broken.jpg" in (tmp_path / "run/unreadable.txt").read_text()
 
 
 def test_only_the_newest_checkpoints_stay(photos, tmp_path):
