@@ -21,7 +21,8 @@ MODEL:
   SWINV2: {{EMBED_DIM: 8, DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 1, 2, 2], WINDOW_SIZE: 4}}
   VIT: {{EMBED_DIM: 16, DEPTH: 2, NUM_HEADS: 2}}
 DATA: {{IMG_SIZE: 64, BATCH_SIZE: 4, MASK_PATCH_SIZE: 32, MASK_RATIO: 0.6}}
-TRAIN: {{EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 5e-3, WARMUP_LR: 5e-5, WEIGHT_DECAY: 0.05}}
+TRAIN: {{EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 5e-3, WARMUP_LR: 5e-5, WEIGHT_DECAY: 0.05,
+  ACCUMULATION_STEPS: {accumulation_steps}}}
 """
 
 
@@ -60,8 +61,9 @@ class CosineScheduler:
 
 
 @pytest.mark.parametrize("kind", ["swin", "swinv2", "vit"])
-def test_official_loop(kind, tmp_path):
-    (tmp_path / "official.yaml").write_text(OFFICIAL.format(kind=kind))
+@pytest.mark.parametrize("accumulation_steps", [0, 2])
+def test_official_loop(kind, accumulation_steps, tmp_path):
+    (tmp_path / "official.yaml").write_text(OFFICIAL.format(kind=kind, accumulation_steps=accumulation_steps))
     config = read_official_config(tmp_path / "official.yaml")
     torch.manual_seed(config.SEED)
     patch = config.MODEL[kind.upper()].PATCH_SIZE
@@ -79,12 +81,21 @@ def test_official_loop(kind, tmp_path):
         for idx in range(num_steps):
             mask = torch.stack([torch.from_numpy(mask_generator()) for _ in images])
             loss = model(images, mask)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
-            optimizer.step()
-            lr_scheduler.step_update(epoch * num_steps + idx)
             losses.append(loss.item())
+            if config.TRAIN.ACCUMULATION_STEPS > 1:
+                loss = loss / config.TRAIN.ACCUMULATION_STEPS
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
+                if (idx + 1) % config.TRAIN.ACCUMULATION_STEPS == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    lr_scheduler.step_update(epoch * num_steps + idx)
+            else:
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
+                optimizer.step()
+                lr_scheduler.step_update(epoch * num_steps + idx)
             assert torch.isfinite(grad_norm)
     assert sum(losses[-4:]) < sum(losses[:4])
     torch.save({"model": model.state_dict()}, tmp_path / "ckpt.pth")
