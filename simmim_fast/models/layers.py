@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_choice, check_rate, check_types, mismatch
 from simmim_fast._backends import BACKENDS
+from simmim_fast.ops import masked_patch_embed, substitute_mask_tokens
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -36,6 +37,11 @@ def check_encoder_arguments(
     for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         check_rate(name, values[name])
     check_choice("backend", values["backend"], ("auto", *BACKENDS))
+    if values["backend"] in ("native", "triton") and values["attn_drop_rate"] > 0:
+        raise ValueError(
+            f"attn_drop_rate must be 0 with backend={values['backend']!r}, whose kernels drop no attention weights, got"
+            f" {values['attn_drop_rate']}"
+        )
 
 
 def check_image_size(img_size: tuple[int, int], stride: int) -> None:
@@ -120,6 +126,19 @@ class PatchEmbed(nn.Module):
         check_images(images, self.in_chans, self.img_size)
         x = self.proj(images).permute(0, 2, 3, 1)  # (B, H, W, C)
         return x if self.norm is None else self.norm(x)
+
+    def forward_masked(
+        self, images: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
+    ) -> Tensor:
+        """Tokens (B, H/p, W/p, C) with mask_token (C) for the hidden patches, then pos_embed (H/p, W/p, C) on all."""
+        check_images(images, self.in_chans, self.img_size)
+        check_mask(mask, images.shape[0], self.grid)
+        if backend == "reference" or not isinstance(self.norm, nn.LayerNorm | None):
+            return substitute_mask_tokens(self(images), mask, mask_token, pos_embed, backend=backend)
+        norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        eps = {} if self.norm is None else {"eps": self.norm.eps}
+        projection = (self.proj.weight, self.proj.bias)
+        return masked_patch_embed(images, mask, *projection, *norm, mask_token, pos_embed, **eps, backend=backend)
 
 
 class Mlp(nn.Module):

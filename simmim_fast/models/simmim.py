@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from simmim_fast._arguments import check_at_least, check_choice, check_types
 from simmim_fast.models.heads import HEADS
 from simmim_fast.models.targets import check_target_window, norm_targets
-from simmim_fast.ops.linear_masked_loss.reference import linear_masked_loss, predict_pixels
+from simmim_fast.ops import linear_masked_loss
+from simmim_fast.ops.linear_masked_loss import reference
+from simmim_fast.ops.linear_masked_loss.reference import predict_pixels
 
 
 class SimMIM(nn.Module):
@@ -51,6 +53,7 @@ class SimMIM(nn.Module):
         self.in_chans = encoder.in_chans
         self.img_size = getattr(encoder, "img_size", None)
         self.patch_size = encoder.patch_size
+        self.backend = getattr(encoder, "backend", "auto")
         self.norm_target = norm_target
         self.norm_target_patch_size = norm_target_patch_size
 
@@ -69,7 +72,10 @@ class SimMIM(nn.Module):
         """
         features = self._head_features(images, mask)
         weight, bias = self._head_parameters()
-        return linear_masked_loss(features, weight, bias, self.target(images), mask, patch_size=self.patch_size)
+        arguments = (features, weight, bias, self.target(images), mask)
+        if self.backend == "reference":
+            return reference.linear_masked_loss(*arguments, patch_size=self.patch_size)
+        return linear_masked_loss(*arguments, patch_size=self.patch_size, backend=self.backend)
 
     def target(self, images: Tensor) -> Tensor:
         """What the head regresses, (B, in_chans, H, W): the images, or the images normalised locally."""

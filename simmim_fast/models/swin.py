@@ -8,6 +8,7 @@ Shapes: B batch, H and W the token grid of a stage, C its channels, N tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,51 @@ from simmim_fast.models.layers import (
     PatchEmbed,
     check_encoder_arguments,
     check_image_size,
-    check_mask,
     init_linear_and_norm,
     stochastic_depth_rates,
 )
-from simmim_fast.ops import substitute_mask_tokens
-from simmim_fast.ops.shifted_window_attention.reference import (
-    relative_position_index,
-    shift_mask,
-    shifted_window_attention,
-)
+from simmim_fast.ops import shifted_window_attention
+from simmim_fast.ops.shifted_window_attention import reference
+from simmim_fast.ops.shifted_window_attention.reference import relative_position_index, shift_mask
 
 
-class WindowAttention(nn.Module):
+class AttentionInWindows(nn.Module):
+    """What the attention of both Swins shares: attending inside (shifted) windows, without the linear layers around it.
+
+    A subclass registers the buffer `relative_position_index`, at the place that it has in official checkpoints.
+
+    Args:
+        window_size: Height and width of a window in tokens.
+        shift: Rows and columns by which the grid is rolled before it is cut into windows.
+        num_heads: Heads.
+        attn_drop: Dropout rate of the attention weights.
+        backend: Of the op. No kernel drops attention weights: with dropout, training takes the reference.
+    """
+
+    def __init__(
+        self, window_size: tuple[int, int], shift: tuple[int, int], num_heads: int, attn_drop: float, backend: str
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.num_heads = num_heads
+        self.backend = backend
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def attend(self, qkv: Tensor, bias_table: Tensor, attn_mask: Tensor | None, **form: Any) -> Tensor:
+        """qkv (B, H, W, 3C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
+        arguments = (qkv, bias_table, self.window_size, self.shift, self.num_heads)
+        dropout = self.attn_drop.p if self.training else 0.0
+        if self.backend != "reference" and dropout == 0.0:
+            return shifted_window_attention(*arguments, **form, backend=self.backend)
+        kept = {"position_index": self.relative_position_index, "attn_mask": attn_mask}
+        return reference.shifted_window_attention(*arguments, **form, **kept, dropout=dropout)
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
+
+
+class WindowAttention(AttentionInWindows):
     """Self-attention inside (shifted) windows with a learnt relative-position bias (section 3.2).
 
     Args:
@@ -45,6 +78,7 @@ class WindowAttention(nn.Module):
         qk_scale: Factor of the logits; head size ** -0.5 by default.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
+        backend: Of the attention.
     """
 
     def __init__(
@@ -57,39 +91,22 @@ class WindowAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.shift = shift
-        self.num_heads = num_heads
+        super().__init__(window_size, shift, num_heads, attn_drop, backend)
         self.scale = qk_scale
         offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """x (B, H, W, C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
-        x = shifted_window_attention(
-            self.qkv(x),
-            self.relative_position_bias_table,
-            self.window_size,
-            self.shift,
-            self.num_heads,
-            scale=self.scale,
-            pad_value=self.qkv.bias,
-            position_index=self.relative_position_index,
-            attn_mask=attn_mask,
-            dropout=self.attn_drop.p if self.training else 0.0,
-        )
-        return self.proj_drop(self.proj(x))
-
-    def extra_repr(self) -> str:
-        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
+        form = {"scale": self.scale, "pad_value": self.qkv.bias}
+        return self.proj_drop(self.proj(self.attend(self.qkv(x), self.relative_position_bias_table, attn_mask, **form)))
 
 
 class SwinTransformerBlock(nn.Module):
@@ -105,7 +122,7 @@ class SwinTransformerBlock(nn.Module):
         drop: Dropout rate of the projection and the MLP.
         drop_path: Stochastic-depth rate.
         norm_layer: Builds a norm from its channels.
-        **attention: What `attention_layer` takes besides: qkv_bias, qk_scale, attn_drop.
+        **attention: What `attention_layer` takes besides: qkv_bias, qk_scale, attn_drop, backend.
     """
 
     attention_layer: type[nn.Module] = WindowAttention
@@ -260,7 +277,7 @@ class SwinTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
 
         block = {"window_size": window, "mlp_ratio": mlp_ratio, "drop": drop_rate, "norm_layer": norm_layer}
-        block |= {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate}
+        block |= {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "backend": backend}
         if qk_scale is not None:
             block["qk_scale"] = qk_scale
         self.layers = self._build_stages(depths, num_heads, drop_path_rate, use_checkpoint, block)
@@ -340,9 +357,9 @@ class MaskedSwin:
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:
         """As `forward`, channels last: (B, H / stride, W / stride, num_features)."""
-        x = self.patch_embed(images)  # (B, H, W, C)
-        check_mask(mask, x.shape[0], self.patch_embed.grid)
-        x = substitute_mask_tokens(x, mask, self.mask_token.flatten(), self._position_embedding(), backend=self.backend)
+        x = self.patch_embed.forward_masked(
+            images, mask, self.mask_token.flatten(), self._position_embedding(), self.backend
+        )
         return self.forward_stages(x)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:

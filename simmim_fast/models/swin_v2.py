@@ -17,13 +17,19 @@ from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
 from simmim_fast.models.layers import NormLayer
-from simmim_fast.models.swin import MaskedSwin, SwinTransformer, SwinTransformerBlock, gather_neighbours
-from simmim_fast.ops.shifted_window_attention.reference import relative_position_index, shifted_window_attention
+from simmim_fast.models.swin import (
+    AttentionInWindows,
+    MaskedSwin,
+    SwinTransformer,
+    SwinTransformerBlock,
+    gather_neighbours,
+)
+from simmim_fast.ops.shifted_window_attention.reference import relative_position_index
 
 POSITION_MLP_DIM = 512
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(AttentionInWindows):
     """Cosine self-attention inside (shifted) windows with a continuous position bias (sections 3.3 and 3.4).
 
     Args:
@@ -34,6 +40,7 @@ class WindowAttention(nn.Module):
         qkv_bias: Whether q and v carry a bias; k never does.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
+        backend: Of the attention.
     """
 
     def __init__(
@@ -45,11 +52,9 @@ class WindowAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.shift = shift
-        self.num_heads = num_heads
+        super().__init__(window_size, shift, num_heads, attn_drop, backend)
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, POSITION_MLP_DIM), nn.ReLU(), nn.Linear(POSITION_MLP_DIM, num_heads, bias=False)
@@ -59,7 +64,6 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -72,22 +76,9 @@ class WindowAttention(nn.Module):
         bias = None
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        x = shifted_window_attention(
-            F.linear(x, self.qkv.weight, bias),
-            self.bias_table(),
-            self.window_size,
-            self.shift,
-            self.num_heads,
-            logit_scale=self.logit_scale.flatten(),
-            pad_value=bias,
-            position_index=self.relative_position_index,
-            attn_mask=attn_mask,
-            dropout=self.attn_drop.p if self.training else 0.0,
-        )
+        form = {"logit_scale": self.logit_scale.flatten(), "pad_value": bias}
+        x = self.attend(F.linear(x, self.qkv.weight, bias), self.bias_table(), attn_mask, **form)
         return self.proj_drop(self.proj(x))
-
-    def extra_repr(self) -> str:
-        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
 
 
 def relative_coords_table(window_size: tuple[int, int], trained_size: tuple[int, int] | None = None) -> Tensor:

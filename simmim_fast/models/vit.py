@@ -21,11 +21,10 @@ from simmim_fast.models.layers import (
     PatchEmbed,
     check_encoder_arguments,
     check_image_size,
-    check_mask,
     stochastic_depth_rates,
 )
-from simmim_fast.ops import substitute_mask_tokens
-from simmim_fast.ops.biased_attention.reference import biased_attention
+from simmim_fast.ops import biased_attention
+from simmim_fast.ops.biased_attention import reference
 from simmim_fast.ops.shifted_window_attention.reference import relative_position_index
 
 CLASS_TOKEN_OFFSETS = 3  # class token to patch, patch to class token, class token to itself
@@ -79,6 +78,7 @@ class Attention(nn.Module):
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
         window_size: Height and width of the patch grid, where this block has a position bias of its own.
+        backend: Of the attention. No kernel drops attention weights: with dropout, training takes the reference.
     """
 
     def __init__(
@@ -90,9 +90,11 @@ class Attention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         window_size: tuple[int, int] | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.backend = backend
         self.scale = qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -115,9 +117,13 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else own + bias
+        return self.proj_drop(self.proj(self._attend(F.linear(x, self.qkv.weight, qkv_bias), bias)))
+
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        return self.proj_drop(self.proj(biased_attention(qkv, bias, self.num_heads, scale=self.scale, dropout=dropout)))
+        if self.backend != "reference" and dropout == 0.0:
+            return biased_attention(qkv, bias, self.num_heads, scale=self.scale, backend=self.backend)
+        return reference.biased_attention(qkv, bias, self.num_heads, scale=self.scale, dropout=dropout)
 
 
 class Block(nn.Module):
@@ -131,7 +137,7 @@ class Block(nn.Module):
         drop_path: Stochastic-depth rate.
         init_values: Start of the layer scale; None for none.
         norm_layer: Builds a norm from its channels.
-        **attention: What `Attention` takes besides: qkv_bias, qk_scale, attn_drop, window_size.
+        **attention: What `Attention` takes besides: qkv_bias, qk_scale, attn_drop, window_size, backend.
     """
 
     def __init__(
@@ -237,7 +243,7 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         block = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "init_values": init_values, "norm_layer": norm_layer}
-        block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
+        block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate, "backend": backend}
         block["window_size"] = grid if use_rel_pos_bias else None
         rates = stochastic_depth_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **block) for rate in rates)
@@ -319,9 +325,9 @@ class VisionTransformerForSimMIM(VisionTransformer):
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:
         """As `forward`, channels last: (B, H / patch, W / patch, C)."""
-        x = self.patch_embed(images)  # (B, H, W, C)
-        check_mask(mask, x.shape[0], self.patch_embed.grid)
-        x = substitute_mask_tokens(x, mask, self.mask_token.flatten(), self._position_embedding(), backend=self.backend)
+        x = self.patch_embed.forward_masked(
+            images, mask, self.mask_token.flatten(), self._position_embedding(), self.backend
+        )
         return self.forward_blocks(x)[:, 1:].unflatten(1, self.patch_embed.grid)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -12,10 +12,15 @@ from simmim_fast.models import SwinTransformer, VisionTransformer
 from tests import golden_data
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    return request.param
+
+
 @pytest.fixture(params=golden_data.PARITY_CASES)
-def golden(request):
+def golden(request, backend):
     tensors, case = golden_data.read_case(request.param)
-    return tensors, case, golden_data.build_case(tensors, case, backend="reference")
+    return tensors, case, golden_data.build_case(tensors, case, backend=backend)
 
 
 def test_loss_equals_official(golden):
