@@ -236,9 +236,8 @@ class VisionTransformer(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
-        grid = self.patch_embed.grid
+        grid, tokens = self.patch_embed.grid, 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        tokens = 1 + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim)) if use_abs_pos_emb else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,28 +10,27 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from simmim_fast._backends import FLOAT_DTYPES
-from simmim_fast.ops import bytes_moved, masked_patch_embed, register_flop_formulas
-from simmim_fast.ops.masked_patch_embed.op import CHUNK_IMAGES, MAX_NORM_CHANNELS, chunk_rows, size_refusal
+from simmim_fast.ops import masked_patch_embed
+from simmim_fast.ops.masked_patch_embed.op import CHUNK_IMAGES
 from simmim_fast.ops.masked_patch_embed.reference import masked_patch_embed as reference
 from simmim_fast.testing import (
     assert_equal,
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
-    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
 from tests.ops import targets
+from tests.ops.masked_patch_embed_operators import PARAMETERS, operator_arguments, operators
 from tests.ops.targets import FUZZ, Target
 
 # There is no CUDA C++ for this op.
@@ -42,7 +40,6 @@ ON_CPU = [param for param in TARGETS if param.id in ("reference", "native", "tri
 ON_GPU = [param for param in OPERATORS if param.id == "triton-gpu"]
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
-PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "mask_token", "pos_embed")
 SMALL = (2, 3, 5, 3, 4, 20)  # B, H / p, W / p, channels of the image, p, C
 
 # Each shape stresses what its id says.
@@ -83,27 +80,9 @@ def target(request: pytest.FixtureRequest, target: Target) -> Target:
     return target
 
 
-class Module(nn.Module):
-    """For torch.export: the parameters as buffers, image and mask as inputs."""
-
-    def __init__(self, backend: str, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.backend = backend
-        for name, parameter in parameters.items():
-            self.register_buffer(name, parameter)
-
-    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        return masked_patch_embed(image, mask, *(getattr(self, name) for name in PARAMETERS), backend=self.backend)
-
-
 def on(target: Target) -> Any:
     """The public function, bound to a backend."""
     return partial(masked_patch_embed, backend=target.backend)
-
-
-def operators(target: Target) -> tuple[Any, Any]:
-    name = f"masked_patch_embed_{target.backend}"
-    return getattr(torch.ops.simmim_fast, name), getattr(torch.ops.simmim_fast, f"{name}_backward")
 
 
 def parameters_of(inputs: dict[str, Any]) -> list[str]:
@@ -117,16 +96,6 @@ def forward_and_backward(target: Target, inputs: dict[str, Any]) -> dict[str, Te
 
 def check(target: Target, inputs: dict[str, Any], wanted: list[str] | None = None) -> None:
     assert_matches(on(target), reference, inputs, wanted=wanted or parameters_of(inputs))
-
-
-def operator_arguments(inputs: dict[str, Any], compute: torch.dtype, out: torch.dtype) -> tuple[tuple, tuple]:
-    """Arguments of the forward and of the backward operator, all gradients being wanted."""
-    i = inputs
-    tensors = tuple(i[name] for name in ("image", "mask", *PARAMETERS, "mean", "std", "visible"))
-    grad_out = torch.ones(*i["mask"].shape, i["weight"].shape[0], dtype=out, device=i["mask"].device)
-    dtypes = tuple(None if i[name] is None else i[name].dtype for name in PARAMETERS)
-    kept = tuple(i[name] for name in ("image", "mask", "weight", "bias", "norm_weight", "mean", "std", "visible"))
-    return (*tensors, 1e-5, compute, out), (grad_out, *kept, 1e-5, compute, *dtypes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -257,15 +226,6 @@ def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
         for name, result in actual.items():
             assert_equal(result, expected[name], name)
     assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_exports(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    module = Module(target.backend, {name: inputs[name] for name in PARAMETERS})
-    arguments, batch = (inputs["image"], inputs["mask"]), torch.export.Dim("batch")
-    program = torch.export.export(module, arguments, dynamic_shapes=({0: batch}, {0: batch}))
-    assert_equal(program.module()(*arguments), module(*arguments), "out")
 
 
 @pytest.mark.parametrize("target", OPERATORS, indirect=True)
@@ -459,77 +419,3 @@ def test_reads_no_data(target: Target) -> None:
 def test_refuses(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         masked_patch_embed(**make_inputs(SMALL) | change)
-
-
-def test_says_which_sizes_it_takes() -> None:
-    wide = MAX_NORM_CHANNELS + 1
-    assert "at most 1024 channels; got 1025" in size_refusal("triton", channels=wide, norm=True)
-    assert size_refusal("triton", channels=wide, norm=False) is None
-    assert size_refusal("native", channels=wide, norm=True) is None
-
-
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
-def test_cost_formulas(norm: bool) -> None:
-    from simmim_fast.ops.masked_patch_embed import kernels
-
-    forward, backward = operators(Target("triton"))
-    inputs = make_inputs((20, 8, 8, 3, 4, 32), BF16, FP32, norm=norm, visible=True, device="meta")
-    arguments, backward_arguments = operator_arguments(inputs, BF16, FP32)
-    rows, product = inputs["visible"].numel(), 2 * inputs["visible"].numel() * 32 * 48
-    register_flop_formulas()
-    for operator, call, products in ((forward, arguments, 1), (backward, backward_arguments, 1 + norm)):
-        with FlopCounterMode(display=False) as counter:
-            operator(*call)
-        assert counter.get_total_flops() == products * product
-
-    out = forward(*arguments)
-    given = sum(value.nbytes for value in inputs.values() if value is not None)
-    read, written = bytes_moved(forward, *arguments)
-    assert (read, written) == (given + inputs["mask"].nbytes, out.nbytes + rows * 32 * 4)
-
-    # What the launcher allocates, beside what it returns, is written once and read once; and so is the float32 sum of
-    # the bf16 weight's gradient.
-    pointers = {}
-    for launch in offline.launches(kernels.backward, *backward_arguments):
-        pointers |= {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-    workspace = sum(value.nbytes for name, value in pointers.items() if "partial" in name or "rows" in name)
-    workspace += 4 * inputs["weight"].numel()
-    gradients = backward(*backward_arguments)
-    read, written = bytes_moved(backward, *backward_arguments)
-    assert written == workspace + sum(gradient.nbytes for gradient in gradients)
-    image, mask, weight, visible = (inputs[name] for name in ("image", "mask", "weight", "visible"))
-    small = inputs["bias"].nbytes + visible.nbytes + (inputs["norm_weight"].nbytes if norm else 0)
-    tokens, of_rows = out.nbytes + mask.nbytes, rows * 32 * 4 + image.nbytes
-    again = image.nbytes + weight.nbytes if norm else 0
-    assert read == workspace + small + tokens + of_rows + again
-    assert chunk_rows(rows, weight) == 256
-
-
-@pytest.mark.parametrize(
-    "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
-)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "norm"),
-    [
-        pytest.param((8, 48, 48, 3, 4, 128), True, id="swin-b"),
-        pytest.param((8, 14, 14, 3, 16, 768), False, id="vit-b", marks=pytest.mark.slow),
-        pytest.param((8, 48, 48, 3, 4, 192), True, id="swin-l", marks=pytest.mark.slow),
-    ],
-)
-def test_triton_kernels_compile(shape: tuple, norm: bool, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
-    from simmim_fast.ops.masked_patch_embed import kernels
-
-    inputs = make_inputs(shape, dtype, FP32, norm=norm, pos_embed=not norm, visible=True, device="meta")
-    arguments, backward_arguments = operator_arguments(inputs, dtype, FP32)
-    launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
-    dots = {"fwd": 1, "bwd_norm": 1, "bwd_weight": 1}
-    for launch in launches:
-        compiled = offline.compile_launch(launch, capability, tmp_path)
-        offline.assert_frugal(compiled, capability)
-        kernel = launch.kernel.__name__.removeprefix("_masked_patch_embed_").removesuffix("_kernel")
-        tensor_core = compiled.count(r"HG?MMA\.\S*BF16") + compiled.count("UTCHMMA")
-        assert tensor_core >= (dots.get(kernel, 0) if dtype == BF16 else 0), kernel
-        assert compiled.count(r"\S*MMA\S*TF32") == 0
-        wide = sum(compiled.wide_bytes(load) for load in ("LDG", "LDGSTS", "STG"))
-        assert wide > 0, kernel

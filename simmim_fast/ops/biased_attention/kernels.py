@@ -344,19 +344,9 @@ def backward(
         positions = None if queries is None else _positions(queries, shapes["positions"])
         if partial.numel() > 0:
             grid = (partial.shape[0] * num_heads * triton.cdiv(tokens, own), triton.cdiv(tokens, step))
+            constants |= {"IMAGES": CHUNK_IMAGES, **by_rows}
             _biased_attention_bwd_bias_kernel[grid](
-                grad_out,
-                qkv,
-                bias,
-                positions,
-                lse,
-                delta,
-                partial,
-                images,
-                *sizes,
-                IMAGES=CHUNK_IMAGES,
-                **by_rows,
-                **constants,
+                grad_out, qkv, bias, positions, lse, delta, partial, images, *sizes, **constants
             )
     return grad_qkv, partial.sum(0).to(bias.dtype)
 

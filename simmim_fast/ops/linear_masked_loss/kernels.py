@@ -298,13 +298,7 @@ def forward(
                 slope if keep_slope else None,
                 sums,
                 counts,
-                rows,
-                slots,
-                outputs,
-                depth,
-                height,
-                width,
-                channels,
+                *(rows, slots, outputs, depth, height, width, channels),
                 STRIDE=math.isqrt(outputs // channels),
                 PATCH=patch_size,
                 LOSS=loss,
@@ -369,11 +363,7 @@ def backward(
         if needs_weight or needs_bias:
             tiles = channel_tiles if needs_weight else 1
             _linear_masked_loss_bwd_weight_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), tiles)](
-                grad_loss,
-                scale,
-                features.contiguous(),
-                slope,
-                tokens,
+                *(grad_loss, scale, features.contiguous(), slope, tokens),
                 grad_weight if needs_weight else None,
                 grad_bias if needs_bias else None,
                 *sizes,

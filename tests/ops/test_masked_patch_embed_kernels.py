@@ -1,0 +1,93 @@
+"""masked_patch_embed: what its backends take, what they cost, and what the compiler makes of its Triton kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim_fast.ops import bytes_moved, register_flop_formulas
+from simmim_fast.ops.masked_patch_embed.op import MAX_NORM_CHANNELS, chunk_rows, size_refusal
+from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
+from simmim_fast.testing import offline
+from tests.ops.masked_patch_embed_operators import operator_arguments, operators
+from tests.ops.targets import Target
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def test_says_which_sizes_it_takes() -> None:
+    wide = MAX_NORM_CHANNELS + 1
+    assert "at most 1024 channels; got 1025" in size_refusal("triton", channels=wide, norm=True)
+    assert size_refusal("triton", channels=wide, norm=False) is None
+    assert size_refusal("native", channels=wide, norm=True) is None
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+def test_cost_formulas(norm: bool) -> None:
+    from simmim_fast.ops.masked_patch_embed import kernels
+
+    forward, backward = operators(Target("triton"))
+    inputs = make_inputs((20, 8, 8, 3, 4, 32), BF16, FP32, norm=norm, visible=True, device="meta")
+    arguments, backward_arguments = operator_arguments(inputs, BF16, FP32)
+    rows, product = inputs["visible"].numel(), 2 * inputs["visible"].numel() * 32 * 48
+    register_flop_formulas()
+    for operator, call, products in ((forward, arguments, 1), (backward, backward_arguments, 1 + norm)):
+        with FlopCounterMode(display=False) as counter:
+            operator(*call)
+        assert counter.get_total_flops() == products * product
+
+    out = forward(*arguments)
+    given = sum(value.nbytes for value in inputs.values() if value is not None)
+    read, written = bytes_moved(forward, *arguments)
+    assert (read, written) == (given + inputs["mask"].nbytes, out.nbytes + rows * 32 * 4)
+
+    # What the launcher allocates, beside what it returns, is written once and read once; and so is the float32 sum of
+    # the bf16 weight's gradient.
+    pointers = {}
+    for launch in offline.launches(kernels.backward, *backward_arguments):
+        pointers |= {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+    workspace = sum(value.nbytes for name, value in pointers.items() if "partial" in name or "rows" in name)
+    workspace += 4 * inputs["weight"].numel()
+    gradients = backward(*backward_arguments)
+    read, written = bytes_moved(backward, *backward_arguments)
+    assert written == workspace + sum(gradient.nbytes for gradient in gradients)
+    image, mask, weight, visible = (inputs[name] for name in ("image", "mask", "weight", "visible"))
+    small = inputs["bias"].nbytes + visible.nbytes + (inputs["norm_weight"].nbytes if norm else 0)
+    tokens, of_rows = out.nbytes + mask.nbytes, rows * 32 * 4 + image.nbytes
+    again = image.nbytes + weight.nbytes if norm else 0
+    assert read == workspace + small + tokens + of_rows + again
+    assert chunk_rows(rows, weight) == 256
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
+)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        pytest.param((8, 48, 48, 3, 4, 128), True, id="swin-b"),
+        pytest.param((8, 14, 14, 3, 16, 768), False, id="vit-b", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 3, 4, 192), True, id="swin-l", marks=pytest.mark.slow),
+    ],
+)
+def test_triton_kernels_compile(shape: tuple, norm: bool, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    from simmim_fast.ops.masked_patch_embed import kernels
+
+    inputs = make_inputs(shape, dtype, FP32, norm=norm, pos_embed=not norm, visible=True, device="meta")
+    arguments, backward_arguments = operator_arguments(inputs, dtype, FP32)
+    launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
+    dots = {"fwd": 1, "bwd_norm": 1, "bwd_weight": 1}
+    for launch in launches:
+        compiled = offline.compile_launch(launch, capability, tmp_path)
+        offline.assert_frugal(compiled, capability)
+        kernel = launch.kernel.__name__.removeprefix("_masked_patch_embed_").removesuffix("_kernel")
+        tensor_core = compiled.count(r"HG?MMA\.\S*BF16") + compiled.count("UTCHMMA")
+        assert tensor_core >= (dots.get(kernel, 0) if dtype == BF16 else 0), kernel
+        assert compiled.count(r"\S*MMA\S*TF32") == 0
+        wide = sum(compiled.wide_bytes(load) for load in ("LDG", "LDGSTS", "STG"))
+        assert wide > 0, kernel
