@@ -65,6 +65,16 @@ void launch(const Stream&, void (*kernel)(Parameters...), dim3 grid, dim3 block,
   host_cuda::launch(grid, block, [&] { kernel(args...); });
 }
 
+template <typename Shared, typename... Parameters, typename... Args>
+void launch_with(const Stream&, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Args&... args) {
+  host_cuda::launch(grid, block, [&] { kernel(args...); }, sizeof(Shared));
+}
+
+template <typename Shared>
+Shared& dynamic_shared() {
+  return *reinterpret_cast<Shared*>(host_cuda::dynamic_shared.data());
+}
+
 #else
 
 // The current stream of the tensor's device, which is the current device as long as this lives.
@@ -82,6 +92,20 @@ template <typename... Parameters, typename... Args>
 void launch(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Args&... args) {
   kernel<<<grid, block, 0, stream.stream>>>(args...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// A launch whose blocks have one `Shared` in shared memory, beyond the 48 KiB of static memory where they need it.
+template <typename Shared, typename... Parameters, typename... Args>
+void launch_with(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Args&... args) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  kernel<<<grid, block, sizeof(Shared), stream.stream>>>(args...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Shared>
+__device__ __forceinline__ Shared& dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return *reinterpret_cast<Shared*>(bytes);
 }
 
 #endif

@@ -12,6 +12,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -63,7 +65,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  unsigned char values[warpSize][16];  // what each lane has handed in
+  unsigned char values[warpSize][32];  // what each lane has handed in
 };
 
 class Block {
@@ -162,9 +164,14 @@ class Block {
   bool progress_ = false;
 };
 
-inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+// What `extern __shared__` names in CUDA: as long as the launch asks for, and at first NaN in every floating dtype.
+inline std::vector<std::max_align_t> dynamic_shared;
+
+inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes = 0) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  dynamic_shared.resize((shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+  std::memset(dynamic_shared.data(), 0xff, dynamic_shared.size() * sizeof(std::max_align_t));
   gridDim = grid;
   blockDim = block;
   uint64_t number = 0;
@@ -173,22 +180,67 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
       for (unsigned x = 0; x < grid.x; ++x) Block::instance().run({x, y, z}, number++, kernel);
 }
 
-// Hands in `value` and returns what lane `from` of this warp has handed in.
+// Hands in `value` and returns what each lane of this warp has handed in.
 template <typename T>
-T exchange(const T& value, unsigned from) {
-  static_assert(sizeof(T) <= 16);
+std::array<T, warpSize> exchange(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Warp::values[0]));
   Block& block = Block::instance();
   Warp& warp = block.warp();
   std::memcpy(warp.values[block.lane()], &value, sizeof(T));
   block.sync_warp();
-  T result;
-  std::memcpy(&result, warp.values[from % warpSize], sizeof(T));
+  std::array<T, warpSize> result;
+  for (int lane = 0; lane < warpSize; ++lane) std::memcpy(&result[lane], warp.values[lane], sizeof(T));
   block.sync_warp();
   return result;
 }
 
 inline void check_aligned(const void* pointer, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes) throw std::runtime_error("host_cuda: misaligned access");
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) throw std::runtime_error("host_cuda: misaligned access");
+}
+
+// Hands in `value` and returns what lane `from` of this warp has handed in.
+template <typename T>
+T exchange(const T& value, unsigned from) {
+  return exchange(value)[from % warpSize];
+}
+
+// ldmatrix.x4 of 16-bit values: lane 8 i + r names row r (16 bytes) of matrix i; lane 4 g + t gets row g, columns 2 t
+// and 2 t + 1, of each matrix or of its transpose.
+inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  check_aligned(row, 16);
+  const std::array<const void*, warpSize> rows = exchange(row);
+  const unsigned g = Block::instance().lane() / 4, t = Block::instance().lane() % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned at_row = transposed ? 2 * t + i : g, column = transposed ? g : 2 * t + i;
+      std::memcpy(&pair[i], static_cast<const uint16_t*>(rows[8 * matrix + at_row]) + column, sizeof(uint16_t));
+    }
+    std::memcpy(&to[matrix], pair, sizeof(pair));
+  }
+}
+
+// mma.sync.m16n8k16 of 16-bit T with float sums: sum (16, 8) += a (16, 16) b (16, 8), k upwards. Lane 4 g + t hands in
+// of a: rows g and g + 8, columns 2 t, 2 t + 1 and 2 t + 8, 2 t + 9; of b: the same as rows, of column g; and has of
+// sum: rows g and g + 8, columns 2 t and 2 t + 1.
+template <typename T>
+void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    T a[8], b[4];
+  } mine;
+  static_assert(sizeof(T) == 2);
+  std::memcpy(mine.a, a, sizeof(mine.a));
+  std::memcpy(mine.b, &b0, sizeof(b0));
+  std::memcpy(mine.b + 2, &b1, sizeof(b1));
+  const std::array<Fragments, warpSize> all = exchange(mine);
+  const unsigned g = Block::instance().lane() / 4, t = Block::instance().lane() % 4;
+  for (unsigned k = 0; k < 16; ++k)
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned from = k % 8 / 2, column = 2 * t + i % 2;
+      const T left = all[4 * g + from].a[k / 8 * 4 + i / 2 * 2 + k % 2];
+      const T right = all[4 * column + from].b[k / 8 * 2 + k % 2];
+      sum[i] += float(left) * float(right);
+    }
 }
 
 inline void check_full(unsigned mask) {

@@ -1,0 +1,86 @@
+// What lies between the table of shifted_window_attention and the kernels over windows: the biases that they read, and
+// the gradients of table, logit scale and padding value from sums over all windows. One thread: one value of a result.
+
+#pragma once
+
+#include "cuda/sum_partials.cuh"
+#include "cuda/window_tile.cuh"
+
+namespace simmim_fast::shifted_window_attention {
+namespace {
+
+// A tensor of any floating dtype that is written.
+struct Result {
+  void* data;
+  ScalarType dtype;
+
+  __device__ void set(int64_t i, float value) const {
+    if (dtype == ScalarType::Float) static_cast<float*>(data)[i] = value;
+    if (dtype == ScalarType::BFloat16) static_cast<BFloat16*>(data)[i] = BFloat16(value);
+    if (dtype == ScalarType::Half) static_cast<Half*>(data)[i] = Half(value);
+    if (dtype == ScalarType::Double) static_cast<double*>(data)[i] = value;
+  }
+};
+
+// Thread of the grid; beyond the results where there are more threads.
+__device__ int result_index() { return static_cast<int>(blockIdx.x * kThreads + threadIdx.x); }
+
+// Whether a window lies at the bottom (1) and at the right (2) of the grid, where the roll joins what does not belong
+// together; 0 where nothing is rolled.
+__device__ int window_kind(const WindowGrid& grid, int window) {
+  if (!grid.shift_h && !grid.shift_w) return 0;
+  return (window / grid.columns() == grid.rows() - 1) + 2 * (window % grid.columns() == grid.columns() - 1);
+}
+
+// A window of a kind.
+__device__ int window_of_kind(const WindowGrid& grid, int kind) {
+  return (kind % 2 ? grid.rows() - 1 : 0) * grid.columns() + (kind / 2 ? grid.columns() - 1 : 0);
+}
+
+// bias (kinds, heads, side, side): the table by query and key, and the mask of the shift where kinds are told apart.
+__global__ void __launch_bounds__(kThreads)
+    window_bias_kernel(const WindowGrid grid, const Parameter table, float* bias, int kinds, int heads, int side) {
+  const int index = result_index();
+  if (index >= kinds * heads * side * side) return;
+  const int key = index % side, query = index / side % side, head = index / side / side % heads;
+  const int window = window_of_kind(grid, index / side / side / heads), tokens = grid.tokens();
+  float value = key < tokens ? 0 : -INFINITY;
+  if (key < tokens && query < tokens) {
+    value = table.at(int64_t(grid.table_row(query, key)) * heads + head);
+    if (kinds > 1 && grid.region(window, query) != grid.region(window, key)) value -= 100;
+  }
+  bias[index] = value;
+}
+
+// gradient (offsets, heads) from sums (heads, N, N): over the pairs of slots that are an offset apart.
+__global__ void __launch_bounds__(kThreads)
+    table_gradient_kernel(const WindowGrid grid, int heads, const float* sums, const Result gradient) {
+  const int index = result_index();
+  if (index >= grid.table_rows() * heads) return;
+  const int columns = 2 * grid.window_w - 1, head = index % heads, tokens = grid.tokens();
+  const int down = index / heads / columns - (grid.window_h - 1), right = index / heads % columns - (grid.window_w - 1);
+  double sum = 0;
+  for (int row = max(down, 0); row < min(grid.window_h, grid.window_h + down); ++row)
+    for (int column = max(right, 0); column < min(grid.window_w, grid.window_w + right); ++column) {
+      const int query = row * grid.window_w + column, key = query - down * grid.window_w - right;
+      sum += sums[(int64_t(head) * tokens + query) * tokens + key];
+    }
+  gradient.set(index, static_cast<float>(sum));
+}
+
+// gradient (heads) from sums (heads): none above the clamp.
+__global__ void __launch_bounds__(kThreads)
+    scale_gradient_kernel(const Parameter logit_scale, int heads, const float* sums, const Result gradient) {
+  const int head = result_index();
+  if (head < heads) gradient.set(head, logit_scale.at(head) <= kMaxLogitScale ? sums[head] : 0);
+}
+
+// gradient (3 C) from sums (2, C) of k and v, or from null where nothing is padded: 0 for q, whose results are dropped.
+__global__ void __launch_bounds__(kThreads)
+    pad_gradient_kernel(int channels, const float* sums, const Result gradient) {
+  const int index = result_index();
+  if (index < 3 * channels) gradient.set(index, sums && index >= channels ? sums[index - channels] : 0);
+}
+
+}  // namespace
+}  // namespace simmim_fast::shifted_window_attention

@@ -1,0 +1,276 @@
+// One head of one window in shared memory: fetching its rows, the softmax of its logits, storing its rows.
+// A block has a warp for every 16 slots; warp w computes rows 16 w to 16 w + 15 of each result.
+// Shapes: N slots hold a token or padding, D = 32 channels a head, C = heads * D; README.md of the op has the formulas.
+
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "window.h"
+
+namespace simmim_fast::shifted_window_attention {
+
+constexpr int kHeadSize = 32;
+constexpr int kMaxTokens = 64;
+constexpr float kMaxLogitScale = 4.605170185988092f;  // log 100
+constexpr float kSmallestNorm = 1e-12f;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr int64_t kPaddingToken = -1, kNoToken = -2;
+
+// A tensor of the caller's in any floating dtype, or none.
+struct Parameter {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  __device__ float at(int64_t i) const {
+    if (dtype == ScalarType::Float) return static_cast<const float*>(data)[i];
+    if (dtype == ScalarType::BFloat16) return static_cast<const BFloat16*>(data)[i];
+    if (dtype == ScalarType::Half) return static_cast<const Half*>(data)[i];
+    return static_cast<float>(static_cast<const double*>(data)[i]);
+  }
+};
+
+template <typename T>
+struct Args {
+  WindowGrid grid;
+  const T* qkv;            // (images, height * width, 3 C)
+  Parameter pad_value;     // (3 C)
+  Parameter logit_scale;   // (heads); where it is given, queries and keys are normalised
+  const int32_t* queries;  // (images, rows) where they are chosen
+  const float* bias;       // (kinds, heads, side, side) by query and key, -inf for keys that are none
+  int side;
+  int heads;
+  int rows;           // queries of a window
+  bool chosen;        // whether they are some of the slots, not all
+  int block_windows;  // windows, one after the other, of a block
+  uint32_t windows;   // of all images
+  float scale;
+
+  __device__ int64_t channels() const { return int64_t(heads) * kHeadSize; }
+  __device__ float factor(int head) const {
+    return logit_scale.data ? expf(min(logit_scale.at(head), kMaxLogitScale)) : scale;
+  }
+};
+
+template <typename T>
+struct ForwardArgs : Args<T> {
+  T* out;  // (images, height * width or rows, C)
+};
+
+// Partial sums, one for every block of windows, are null where they are not wanted.
+template <typename T>
+struct BackwardArgs : Args<T> {
+  const T* grad_out;      // as out
+  T* grad_qkv;            // as qkv
+  float* table_partials;  // (blocks, heads, N, N)
+  float* scale_partials;  // (blocks, heads)
+  float* pad_partials;    // (blocks, 2, C): of k and v
+};
+
+// Rows of head size, and rows of a value for every slot, as they lie in shared memory.
+template <typename T>
+constexpr int kRowStride = kHeadSize + kPadding<T>;
+template <typename T, int kWarps>
+constexpr int kWeightStride = 16 * kWarps + kPadding<T>;
+
+// Queries and keys x are kept as x 2^-e, |x| 2^-e being between 1/2 and 2, so that fp16 holds what they are multiplied
+// with; 1 and 0 where they are not normalised.
+template <int kSlots>
+struct Norms {
+  float inverse[kSlots];  // 1 / max(|x| 2^-e, 1e-12 2^-e)
+  float power[kSlots];    // 2^-e, or 0 where |x| < 1e-12: the gradient of such a row is 0
+};
+
+template <typename T, int kWarps>
+struct WindowTile {
+  static constexpr int kSlots = 16 * kWarps;
+
+  alignas(16) T queries[kSlots * kRowStride<T>];
+  alignas(16) T keys[kSlots * kRowStride<T>];
+  alignas(16) T values[kSlots * kRowStride<T>];
+  alignas(16) T weights[kSlots * kWeightStride<T, kWarps>];
+  alignas(16) Norms<kSlots> query_norms;
+  alignas(16) Norms<kSlots> key_norms;
+  int64_t query_tokens[kSlots], key_tokens[kSlots];  // rows of qkv, kPaddingToken or kNoToken
+  int64_t out_rows[kSlots];                          // rows of out, or -1
+  int query_slots[kSlots], regions[kSlots];
+};
+
+template <typename T, int kWarps>
+struct GradientTile : WindowTile<T, kWarps> {
+  using Base = WindowTile<T, kWarps>;
+
+  alignas(16) T grads[Base::kSlots * kRowStride<T>];                    // of out
+  alignas(16) T weight_grads[Base::kSlots * kWeightStride<T, kWarps>];  // of the products of queries and keys
+  float pad_sums[2 * kHeadSize];
+  float scale_sums[kWarps];
+};
+
+// Where the rows of a window come from, and where results go, every slot being a query. One thread: one slot.
+template <typename T, int kWarps>
+__device__ void place_slots(const Args<T>& args, uint32_t image, int window, WindowTile<T, kWarps>& tile) {
+  const int slot = threadIdx.x;
+  if (slot >= tile.kSlots) return;
+  const WindowGrid& grid = args.grid;
+  const bool exists = slot < grid.tokens();
+  int64_t token = exists ? grid.token(window, slot) : kNoToken;
+  if (token >= 0) token += int64_t(image) * grid.height * grid.width;
+  tile.key_tokens[slot] = tile.query_tokens[slot] = token;
+  tile.out_rows[slot] = token < 0 || args.chosen ? -1 : token;
+  tile.query_slots[slot] = slot;
+  tile.regions[slot] = exists ? grid.region(window, slot) : 0;
+}
+
+// The chosen queries instead of all, in their order. The same thread as in place_slots.
+template <typename T, int kWarps>
+__device__ void choose_queries(const Args<T>& args, uint32_t image, WindowTile<T, kWarps>& tile) {
+  const int row = threadIdx.x, tokens = args.grid.height * args.grid.width;
+  if (row >= tile.kSlots) return;
+  const int64_t out_row = int64_t(image) * args.rows + row;
+  const int token = row < args.rows ? args.queries[out_row] : -1;
+  const bool exists = token >= 0 && token < tokens;
+  tile.query_tokens[row] = exists ? int64_t(image) * tokens + token : kNoToken;
+  tile.out_rows[row] = row < args.rows ? out_row : -1;
+  tile.query_slots[row] = exists ? args.grid.slot(token) : 0;
+}
+
+// Results that belong to the slots of the chosen queries. To be called by all threads.
+template <typename T, int kWarps>
+__device__ void place_results(const Args<T>& args, uint32_t image, WindowTile<T, kWarps>& tile) {
+  const int row = threadIdx.x, tokens = args.grid.height * args.grid.width;
+  __syncthreads();
+  if (row >= args.rows) return;
+  const int64_t out_row = int64_t(image) * args.rows + row;
+  const int token = args.queries[out_row];
+  if (token >= 0 && token < tokens) tile.out_rows[args.grid.slot(token)] = out_row;
+}
+
+// The part of a window's rows that one thread moves, 16 bytes at a time; neighbouring lanes share a row.
+template <typename T, int kWarps>
+struct Rows {
+  static constexpr int kValues = 16 / sizeof(T);
+  static constexpr int kPieces = kHeadSize / kValues;  // of a row
+  static constexpr int kCount = kPieces / 2;
+  using Piece = Vector<T, kValues>;
+
+  Piece pieces[kCount];
+
+  __device__ static int row(int i) { return (i * 32 * kWarps + int(threadIdx.x)) / kPieces; }
+  __device__ static int channel() { return threadIdx.x % kPieces * kValues; }
+
+  // From rows `stride` apart; padding is `pad` from `first` on, and what is no token is 0.
+  __device__ void fetch(const T* from, int64_t stride, const int64_t* tokens, const Parameter& pad, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t token = tokens[row(i)];
+      pieces[i] = {};
+      if (token >= 0) {
+        pieces[i] = load<kValues>(from + token * stride + channel());
+      } else if (token == kPaddingToken && pad.data) {
+#pragma unroll
+        for (int c = 0; c < kValues; ++c) pieces[i].values[c] = T(pad.at(first + channel() + c));
+      }
+    }
+  }
+
+  __device__ void put(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store<kValues>(to + row(i) * kRowStride<T> + channel(), pieces[i]);
+  }
+
+  // Multiplies every row by a power of two, which is exact, and notes its norm.
+  template <int kSlots>
+  __device__ void normalise(Norms<kSlots>& norms) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float sum = 0;
+#pragma unroll
+      for (int c = 0; c < kValues; ++c) sum += float(pieces[i].values[c]) * float(pieces[i].values[c]);
+#pragma unroll
+      for (int other = 1; other < kPieces; other *= 2) sum += __shfl_xor_sync(kFullWarp, sum, other);
+      const float norm = sqrtf(sum), divisor = max(norm, kSmallestNorm), power = ldexpf(1.0f, -ilogbf(divisor));
+#pragma unroll
+      for (int c = 0; c < kValues; ++c) pieces[i].values[c] = T(float(pieces[i].values[c]) * power);
+      if (channel() > 0) continue;
+      norms.inverse[row(i)] = 1 / (divisor * power);
+      norms.power[row(i)] = norm < kSmallestNorm ? 0 : power;
+    }
+  }
+
+  template <int kSlots>
+  __device__ void do_not_normalise(Norms<kSlots>& norms) const {
+    if (threadIdx.x >= kSlots) return;
+    norms.inverse[threadIdx.x] = norms.power[threadIdx.x] = 1;
+  }
+};
+
+// Puts queries, keys and values of a head where their places are known.
+template <typename T, int kWarps>
+__device__ __forceinline__ void load_window(const Args<T>& args, int head, WindowTile<T, kWarps>& tile) {
+  const int64_t channels = args.channels(), first = int64_t(head) * kHeadSize;
+  Rows<T, kWarps> queries, keys, values;
+  queries.fetch(args.qkv + first, 3 * channels, tile.query_tokens, args.pad_value, first);
+  keys.fetch(args.qkv + channels + first, 3 * channels, tile.key_tokens, args.pad_value, channels + first);
+  values.fetch(args.qkv + 2 * channels + first, 3 * channels, tile.key_tokens, args.pad_value, 2 * channels + first);
+  if (args.logit_scale.data) {
+    queries.normalise(tile.query_norms);
+    keys.normalise(tile.key_norms);
+  } else {
+    queries.do_not_normalise(tile.query_norms);
+    keys.do_not_normalise(tile.key_norms);
+  }
+  queries.put(tile.queries);
+  keys.put(tile.keys);
+  values.put(tile.values);
+}
+
+// products (16, slots) of queries and keys -> exp(logit - the row's maximum), and 1 / their sum by row. The mask of
+// the shift is in the bias, or comes from the regions.
+template <bool kRegions, typename T, int kWarps>
+__device__ __forceinline__ void softmax(float (&products)[2 * kWarps][4], float (&inverse_sums)[2],
+                                        const WindowTile<T, kWarps>& tile, const float* bias, int side, float factor) {
+  const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = threadIdx.x / 32 * 16 + g + 8 * half, slot = tile.query_slots[row];
+    const float row_factor = factor * tile.query_norms.inverse[row];
+    float largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int j = 0; j < 2 * kWarps; ++j) {
+      const Vector<float, 2> biases = load<2>(bias + slot * side + 8 * j + 2 * t);
+      const Vector<float, 2> key_factors = load<2>(tile.key_norms.inverse + 8 * j + 2 * t);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& logit = products[j][2 * half + i];
+        logit = logit * (row_factor * key_factors.values[i]) + biases.values[i];
+        if (kRegions && tile.regions[slot] != tile.regions[8 * j + 2 * t + i]) logit -= 100;
+        largest = max(largest, logit);
+      }
+    }
+    largest = max_over_row(largest);
+#pragma unroll
+    for (int j = 0; j < 2 * kWarps; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& logit = products[j][2 * half + i];
+        logit = exp2f((logit - largest) * kLog2E);
+        sum += logit;
+      }
+    }
+    inverse_sums[half] = 1 / sum_over_row(sum);
+  }
+}
+
+// Stores the warp's 16 rows from shared memory, 16 bytes at a time, to the places given; -1 is none.
+template <typename T>
+__device__ __forceinline__ void store_rows(const T* from, T* to, int64_t stride, const int64_t* places) {
+  constexpr int kValues = 16 / sizeof(T), kPieces = kHeadSize / kValues;
+  const int first = threadIdx.x / 32 * 16, channel = lane() % kPieces * kValues;
+#pragma unroll
+  for (int i = 0; i < kPieces / 2; ++i) {
+    const int row = first + (32 * i + lane()) / kPieces;
+    const int64_t place = places[row];
+    if (place >= 0) store(to + place * stride + channel, load<kValues>(from + row * kRowStride<T> + channel));
+  }
+}
+
+}  // namespace simmim_fast::shifted_window_attention
