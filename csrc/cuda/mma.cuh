@@ -33,6 +33,16 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host_cuda::mma<T>(sum, a, b0, b1);
 }
 
+template <typename T>
+Vector<T, 2> round_pair(float x, float y) {
+  return {T(x), T(y)};
+}
+
+inline float power_of_two(float x) { return exp2f(x); }
+
+using host_cuda::copy_async;
+using host_cuda::wait_for_copies;
+
 #else
 
 // Four matrices of 8 rows of 16 bytes; lane 8 i + r names row r of matrix i.
@@ -68,6 +78,39 @@ __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// To T, both by one instruction.
+template <typename T>
+__device__ __forceinline__ Vector<T, 2> round_pair(float x, float y) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const Vector<T, 2>&>(pair);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return reinterpret_cast<const Vector<T, 2>&>(pair);
+  } else {
+    return {x, y};
+  }
+}
+
+// 2^x by one instruction; relative error 2^-22, 0 for results below 2^-126.
+__device__ __forceinline__ float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Begins to copy 16 bytes into shared memory, or zeros where they do not exist.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(__cvta_generic_to_global(from)), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// Waits for the copies that this thread has begun.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 #endif
 
 // A matrix in shared memory, from its first value.
@@ -96,6 +139,21 @@ struct Operand {
 template <Order kOrder, int kStride, typename T>
 __device__ __forceinline__ Operand<T, kOrder, kStride> operand(const T* first) {
   return {first};
+}
+
+// sum (16, 8 J) += a (16, 16) b (16, 8 J), where J is even and b begins at row k of the operand.
+template <int J, typename T, Order kOrder, int kStride>
+__device__ __forceinline__ void multiply_step(float (&sum)[J][4], const uint32_t (&a)[4],
+                                              const Operand<T, kOrder, kStride>& b, int k) {
+  const int row = lane() % 8, second = lane() / 8 % 2, third = lane() / 16;
+#pragma unroll
+  for (int j = 0; j < J; j += 2) {
+    uint32_t right[4];
+    load_matrices<kOrder == Order::kRows>(right, kOrder == Order::kRows ? b.at(k + 8 * second + row, 8 * (j + third))
+                                                                        : b.at(k + 8 * second, 8 * (j + third) + row));
+    mma<T>(sum[j], a, right[0], right[1]);
+    mma<T>(sum[j + 1], a, right[2], right[3]);
+  }
 }
 
 // sum (16, 8 J) += a (16, K) b (K, 8 J), where J is even and K a multiple of 16.
@@ -128,16 +186,25 @@ __device__ __forceinline__ void multiply(float (&sum)[J][4], const Operand<T, kO
       uint32_t left[4];
       load_matrices<kOrderA == Order::kColumns>(left, kOrderA == Order::kRows ? a.at(8 * second + row, k + 8 * third)
                                                                               : a.at(8 * second, k + 8 * third + row));
-#pragma unroll
-      for (int j = 0; j < J; j += 2) {
-        uint32_t right[4];
-        load_matrices<kOrderB == Order::kRows>(right, kOrderB == Order::kRows
-                                                          ? b.at(k + 8 * second + row, 8 * (j + third))
-                                                          : b.at(k + 8 * second, 8 * (j + third) + row));
-        mma<T>(sum[j], left, right[0], right[1]);
-        mma<T>(sum[j + 1], left, right[2], right[3]);
-      }
+      multiply_step(sum, left, b, k);
     }
+  }
+}
+
+// sum (16, 8 J) += left (16, K) b (K, 8 J), where `left` is a result, rounded to 16-bit T.
+template <int K, int J, typename T, Order kOrder, int kStride>
+__device__ __forceinline__ void multiply(float (&sum)[J][4], const float (&left)[K / 8][4],
+                                         const Operand<T, kOrder, kStride>& b) {
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&from)[4] = left[k / 8 + i / 2];
+      const Vector<T, 2> pair = round_pair<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+      a[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+    multiply_step(sum, a, b, k);
   }
 }
 
@@ -150,7 +217,7 @@ __device__ __forceinline__ void store_result(T* to, const float (&values)[J][4])
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       store<2>(to + (g + 8 * half) * kStride + 8 * j + 2 * t,
-               Vector<T, 2>{T(values[j][2 * half]), T(values[j][2 * half + 1])});
+               round_pair<T>(values[j][2 * half], values[j][2 * half + 1]));
   }
 }
 

@@ -14,40 +14,59 @@ constexpr int kForwardBlocks = (std::is_same_v<T, float> ? 12 : 16) / kWarps;
 template <typename T, int kWarps>
 constexpr int kBackwardBlocks = (std::is_same_v<T, float> ? 8 : 12) / kWarps;
 
+// out (16, D) += weights of the warp's queries, rounded to T, times the values.
+template <typename T, int kWarps>
+__device__ __forceinline__ void multiply_weights(float (&out)[kHeadSize / 8][4], const float (&weights)[2 * kWarps][4],
+                                                 ForwardTile<T, kWarps>& tile) {
+  const auto values = operand<Order::kRows, kRowStride<T>>(tile.values);
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr int kStride = kWeightStride<T, kWarps>;
+    float* rows = tile.weights + threadIdx.x / 32 * 16 * kStride;
+    store_result<kStride>(rows, weights);
+    __syncwarp();
+    multiply<16 * kWarps>(out, operand<Order::kRows, kStride>(rows), values);
+  } else {
+    multiply<16 * kWarps>(out, weights, values);
+  }
+}
+
 // Output of one head of consecutive windows, one after the other. Block x: head x % heads, windows from
 // x / heads * block_windows on; one warp: 16 queries.
 template <typename T, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kForwardBlocks<T, kWarps>)
     shifted_window_attention_fwd_kernel(const ForwardArgs<T> args) {
-  constexpr int kRow = kRowStride<T>, kWeightRow = kWeightStride<T, kWarps>;
-  using Tile = WindowTile<T, kWarps>;
+  constexpr int kRow = kRowStride<T>;
+  using Tile = ForwardTile<T, kWarps>;
   Tile& tile = dynamic_shared<Tile>();
   const int head = blockIdx.x % args.heads, first = threadIdx.x / 32 * 16;
   const uint32_t block = blockIdx.x / args.heads, first_window = block * args.block_windows;
   const uint32_t last_window = min(first_window + args.block_windows, args.windows), in_image = args.grid.windows();
+  const bool cosine = args.logit_scale.data;
   const float factor = args.factor(head);
   const float* bias = args.bias + head * args.side * args.side;
+  if (args.pad_value.data) place_padding(args, head, tile);
   for (uint32_t window = first_window; window < last_window; ++window) {
     const uint32_t image = window / in_image;
     const int place = window % in_image;
     place_slots(args, image, place, tile);
     if (args.chosen) choose_queries(args, image, tile);
+    const bool regions = args.grid.has_regions(place);
+    if (regions) place_regions(args, place, tile);
     __syncthreads();
-    load_window(args, head, tile);
+    fetch_window(args, head, tile);
+    finish_window(args, tile);
     __syncthreads();
     if (first < args.rows) {
       float weights[2 * kWarps][4] = {}, inverse_sums[2];
       multiply<kHeadSize>(weights, operand<Order::kRows, kRow>(tile.queries + first * kRow),
                           operand<Order::kColumns, kRow>(tile.keys));
-      if (args.grid.has_regions(place))
-        softmax<true>(weights, inverse_sums, tile, bias, args.side, factor);
+      if (cosine) scale_by_norms(weights, tile, factor);
+      if (regions)
+        softmax<true>(weights, inverse_sums, tile, bias, cosine ? 1 : factor);
       else
-        softmax<false>(weights, inverse_sums, tile, bias, args.side, factor);
-      store_result<kWeightRow>(tile.weights + first * kWeightRow, weights);
-      __syncwarp();
+        softmax<false>(weights, inverse_sums, tile, bias, cosine ? 1 : factor);
       float out[kHeadSize / 8][4] = {};
-      multiply<16 * kWarps>(out, operand<Order::kRows, kWeightRow>(tile.weights + first * kWeightRow),
-                            operand<Order::kRows, kRow>(tile.values));
+      multiply_weights(out, weights, tile);
       const int row = first + lane() / 4;
 #pragma unroll
       for (int at = 0; at < 4; ++at) {
@@ -88,17 +107,15 @@ __device__ __forceinline__ void softmax_gradient(float (&weights)[J][4], float (
   }
 }
 
-// Gradients of the logits -> of the products q.k, all factors of q and k included.
+// Gradients of the logits -> of the products of queries and keys.
 template <typename T, int kWarps>
-__device__ __forceinline__ void scale_by_norms(float (&grads)[2 * kWarps][4], const WindowTile<T, kWarps>& tile,
-                                               float factor) {
-  const int row = threadIdx.x / 32 * 16 + lane() / 4;
-  const float row_factors[2] = {factor * tile.query_norms.inverse[row], factor * tile.query_norms.inverse[row + 8]};
+__device__ __forceinline__ void scale_products(float (&grads)[2 * kWarps][4], const WindowTile<T, kWarps>& tile,
+                                               bool cosine, float factor) {
+  if (cosine) return scale_by_norms(grads, tile, factor);
 #pragma unroll
   for (int j = 0; j < 2 * kWarps; ++j) {
-    const Vector<float, 2> key_factors = load<2>(tile.key_norms.inverse + 8 * j + lane() % 4 * 2);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) grads[j][i] *= row_factors[i / 2] * key_factors.values[i % 2];
+    for (int i = 0; i < 4; ++i) grads[j][i] *= factor;
   }
 }
 
@@ -198,10 +215,12 @@ __global__ void __launch_bounds__(32 * kWarps, kBackwardBlocks<T, kWarps>)
   const int head = blockIdx.x % args.heads, first = threadIdx.x / 32 * 16;
   const uint32_t first_window = blockIdx.x / args.heads * args.block_windows, in_image = args.grid.windows();
   const uint32_t last_window = min(first_window + args.block_windows, args.windows);
+  const bool cosine = args.logit_scale.data;
   const float factor = args.factor(head);
   const int64_t channels = args.channels();
   float table_sums[kTiles][4] = {}, scale_sum = 0;
   for (int channel = threadIdx.x; channel < 2 * kHeadSize; channel += 32 * kWarps) tile.pad_sums[channel] = 0;
+  if (args.pad_value.data) place_padding(args, head, tile);
   for (uint32_t window = first_window; window < last_window; ++window) {
     const uint32_t image = window / in_image;
     const int place = window % in_image, kind = window_kind(args.grid, place);
@@ -209,15 +228,15 @@ __global__ void __launch_bounds__(32 * kWarps, kBackwardBlocks<T, kWarps>)
     place_slots(args, image, place, tile);
     if (args.chosen) place_results(args, image, tile);
     __syncthreads();
-    Rows<T, kWarps> grad_out;
-    grad_out.fetch(args.grad_out + head * kHeadSize, channels, tile.out_rows, {}, 0);
-    load_window(args, head, tile);
-    grad_out.put(tile.grads);
+    fetch_window(args, head, tile);
+    fetch_rows<T, kWarps>(tile.grads, args.grad_out + head * kHeadSize, channels, tile.out_rows);
+    finish_window(args, tile);
     __syncthreads();
     float weights[kTiles][4] = {}, grads[kTiles][4] = {}, inverse_sums[2];
     multiply<kHeadSize>(weights, operand<Order::kRows, kRow>(tile.queries + first * kRow),
                         operand<Order::kColumns, kRow>(tile.keys));
-    softmax<false>(weights, inverse_sums, tile, bias, args.side, factor);
+    if (cosine) scale_by_norms(weights, tile, factor);
+    softmax<false>(weights, inverse_sums, tile, bias, cosine ? 1 : factor);
     multiply<kHeadSize>(grads, operand<Order::kRows, kRow>(tile.grads + first * kRow),
                         operand<Order::kColumns, kRow>(tile.values));
     softmax_gradient(weights, grads, inverse_sums);
@@ -227,7 +246,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBackwardBlocks<T, kWarps>)
 #pragma unroll
       for (int i = 0; i < 4; ++i) table_sums[j][i] += grads[j][i];
     }
-    scale_by_norms(grads, tile, factor);
+    scale_products(grads, tile, cosine, factor);
     store_result<kWeightRow>(tile.weight_grads + first * kWeightRow, grads);
     if (args.scale_partials) scale_sum += scale_gradient(grads, tile);
     __syncthreads();
@@ -238,7 +257,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBackwardBlocks<T, kWarps>)
     multiply<16 * kWarps>(grad_keys, of_keys, operand<Order::kRows, kRow>(tile.queries));
     multiply<16 * kWarps>(grad_queries, operand<Order::kRows, kWeightRow>(tile.weight_grads + first * kWeightRow),
                           operand<Order::kRows, kRow>(tile.keys));
-    if (args.logit_scale.data) {
+    if (cosine) {
       project(grad_queries, tile.queries, tile.query_norms);
       project(grad_keys, tile.keys, tile.key_norms);
     }
@@ -332,12 +351,28 @@ Parameter parameter(const std::optional<Tensor>& tensor) {
   return tensor ? Parameter{tensor->const_data_ptr(), tensor->scalar_type()} : Parameter{};
 }
 
+// Calls f(Type<T>, std::integral_constant of the warps that a window takes).
+template <typename F>
+void dispatch(const Inputs& in, F&& f) {
+  dispatch_floating(in.qkv.scalar_type(), [&](auto type) {
+    if constexpr (!std::is_same_v<decltype(type), Type<double>>) {
+      const int tokens = in.grid.tokens();
+      if (tokens <= 16) return f(type, std::integral_constant<int, 1>{});
+      if (tokens <= 32) return f(type, std::integral_constant<int, 2>{});
+      if (tokens <= 48) return f(type, std::integral_constant<int, 3>{});
+      f(type, std::integral_constant<int, 4>{});
+    }
+  });
+}
+
 // Biases of `kinds` of windows, as the kernels read them.
 Tensor make_biases(const Stream& stream, const Inputs& in, int kinds) {
   const int heads = int(in.heads), side = int(in.side());
   const Tensor bias = torch::stable::new_empty(in.qkv, {kinds, heads, side, side}, ScalarType::Float);
-  launch(stream, window_bias_kernel, dim3(blocks_for(bias.numel(), kThreads)), dim3(kThreads), in.grid,
-         parameter(in.bias_table), bias.mutable_data_ptr<float>(), kinds, heads, side);
+  dispatch(in, [&](auto, auto warps) {
+    launch(stream, window_bias_kernel<warps>, dim3(blocks_for(bias.numel(), kThreads)), dim3(kThreads), in.grid,
+           parameter(in.bias_table), bias.mutable_data_ptr<float>(), kinds, heads, side);
+  });
   return bias;
 }
 
@@ -367,20 +402,6 @@ Args<T> make_args(const Inputs& in, const Tensor& bias, int64_t block_windows) {
           float(in.scale)};
 }
 
-// Calls f(Type<T>, std::integral_constant of the warps that a window takes).
-template <typename F>
-void dispatch(const Inputs& in, F&& f) {
-  dispatch_floating(in.qkv.scalar_type(), [&](auto type) {
-    if constexpr (!std::is_same_v<decltype(type), Type<double>>) {
-      const int tokens = in.grid.tokens();
-      if (tokens <= 16) return f(type, std::integral_constant<int, 1>{});
-      if (tokens <= 32) return f(type, std::integral_constant<int, 2>{});
-      if (tokens <= 48) return f(type, std::integral_constant<int, 3>{});
-      f(type, std::integral_constant<int, 4>{});
-    }
-  });
-}
-
 unsigned blocks_of(const Inputs& in, int64_t windows) {
   return unsigned((in.windows() + windows - 1) / windows * in.heads);
 }
@@ -398,9 +419,9 @@ Tensor forward_cuda(const Tensor& qkv, const Tensor& bias_table, const std::opti
   const int64_t windows = block_windows(in, {8, 4, 2, 1});
   dispatch(in, [&](auto type, auto warps) {
     using T = typename decltype(type)::type;
-    launch_with<WindowTile<T, warps>>(stream, shifted_window_attention_fwd_kernel<T, warps>,
-                                      dim3(blocks_of(in, windows)), dim3(32 * warps),
-                                      ForwardArgs<T>{make_args<T>(in, bias, windows), out.mutable_data_ptr<T>()});
+    launch_with<ForwardTile<T, warps>>(stream, shifted_window_attention_fwd_kernel<T, warps>,
+                                       dim3(blocks_of(in, windows)), dim3(32 * warps),
+                                       ForwardArgs<T>{make_args<T>(in, bias, windows), out.mutable_data_ptr<T>()});
   });
   return out;
 }

@@ -37,19 +37,21 @@ __device__ int window_of_kind(const WindowGrid& grid, int kind) {
   return (kind % 2 ? grid.rows() - 1 : 0) * grid.columns() + (kind / 2 ? grid.columns() - 1 : 0);
 }
 
-// bias (kinds, heads, side, side): the table by query and key, and the mask of the shift where kinds are told apart.
+// bias (kinds, heads, side * side) as bias_row has it: the table, and the mask of the shift where kinds are told apart.
+template <int kWarps>
 __global__ void __launch_bounds__(kThreads)
     window_bias_kernel(const WindowGrid grid, const Parameter table, float* bias, int kinds, int heads, int side) {
+  constexpr int kSlots = 16 * kWarps;
   const int index = result_index();
-  if (index >= kinds * heads * side * side) return;
-  const int key = index % side, query = index / side % side, head = index / side / side % heads;
-  const int window = window_of_kind(grid, index / side / side / heads), tokens = grid.tokens();
+  if (index >= kinds * heads * kSlots * kSlots) return;
+  const int key = index % kSlots, query = index / kSlots % kSlots, tile = index / kSlots / kSlots;
+  const int window = window_of_kind(grid, tile / heads), tokens = grid.tokens();
   float value = key < tokens ? 0 : -INFINITY;
   if (key < tokens && query < tokens) {
-    value = table.at(int64_t(grid.table_row(query, key)) * heads + head);
-    if (kinds > 1 && grid.region(window, query) != grid.region(window, key)) value -= 100;
+    value = table.at(int64_t(grid.table_row(query, key)) * heads + tile % heads);
+    if (kinds > 1 && grid.region(window, query) != grid.region(window, key)) value += kBetweenRegions;
   }
-  bias[index] = value;
+  bias[int64_t(tile) * side * side + bias_row<kWarps>(query) + key / 8 * 128 + key % 8 / 2 * 4 + key % 2] = value;
 }
 
 // gradient (offsets, heads) from sums (heads, N, N): over the pairs of slots that are an offset apart.

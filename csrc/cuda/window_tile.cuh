@@ -13,6 +13,7 @@ constexpr int kHeadSize = 32;
 constexpr int kMaxTokens = 64;
 constexpr float kMaxLogitScale = 4.605170185988092f;  // log 100
 constexpr float kSmallestNorm = 1e-12f;
+constexpr float kBetweenRegions = -100;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kPaddingToken = -1, kNoToken = -2;
 
@@ -36,7 +37,7 @@ struct Args {
   Parameter pad_value;     // (3 C)
   Parameter logit_scale;   // (heads); where it is given, queries and keys are normalised
   const int32_t* queries;  // (images, rows) where they are chosen
-  const float* bias;       // (kinds, heads, side, side) by query and key, -inf for keys that are none
+  const float* bias;       // (kinds, heads, side * side) as bias_row has it, -inf for keys that are none
   int side;
   int heads;
   int rows;           // queries of a window
@@ -72,8 +73,8 @@ constexpr int kRowStride = kHeadSize + kPadding<T>;
 template <typename T, int kWarps>
 constexpr int kWeightStride = 16 * kWarps + kPadding<T>;
 
-// Queries and keys x are kept as x 2^-e, |x| 2^-e being between 1/2 and 2, so that fp16 holds what they are multiplied
-// with; 1 and 0 where they are not normalised.
+// In the cosine form queries and keys x are kept as x 2^-e, |x| 2^-e being between 1/2 and 2: fp16 would not hold the
+// inverse of every norm.
 template <int kSlots>
 struct Norms {
   float inverse[kSlots];  // 1 / max(|x| 2^-e, 1e-12 2^-e)
@@ -87,19 +88,29 @@ struct WindowTile {
   alignas(16) T queries[kSlots * kRowStride<T>];
   alignas(16) T keys[kSlots * kRowStride<T>];
   alignas(16) T values[kSlots * kRowStride<T>];
-  alignas(16) T weights[kSlots * kWeightStride<T, kWarps>];
+  alignas(16) T padding[3 * kHeadSize];  // q, k and v of a padding token
   alignas(16) Norms<kSlots> query_norms;
   alignas(16) Norms<kSlots> key_norms;
   int64_t query_tokens[kSlots], key_tokens[kSlots];  // rows of qkv, kPaddingToken or kNoToken
-  int64_t out_rows[kSlots];                          // rows of out, or -1
+  int64_t out_rows[kSlots];                          // rows of out, or kNoToken
   int query_slots[kSlots], regions[kSlots];
+};
+
+// Half types keep the weights in registers.
+template <typename T, int kWarps>
+struct ForwardTile : WindowTile<T, kWarps> {};
+
+template <int kWarps>
+struct ForwardTile<float, kWarps> : WindowTile<float, kWarps> {
+  alignas(16) float weights[16 * kWarps * kWeightStride<float, kWarps>];
 };
 
 template <typename T, int kWarps>
 struct GradientTile : WindowTile<T, kWarps> {
   using Base = WindowTile<T, kWarps>;
 
-  alignas(16) T grads[Base::kSlots * kRowStride<T>];                    // of out
+  alignas(16) T grads[Base::kSlots * kRowStride<T>];  // of out
+  alignas(16) T weights[Base::kSlots * kWeightStride<T, kWarps>];
   alignas(16) T weight_grads[Base::kSlots * kWeightStride<T, kWarps>];  // of the products of queries and keys
   float pad_sums[2 * kHeadSize];
   float scale_sums[kWarps];
@@ -115,9 +126,29 @@ __device__ void place_slots(const Args<T>& args, uint32_t image, int window, Win
   int64_t token = exists ? grid.token(window, slot) : kNoToken;
   if (token >= 0) token += int64_t(image) * grid.height * grid.width;
   tile.key_tokens[slot] = tile.query_tokens[slot] = token;
-  tile.out_rows[slot] = token < 0 || args.chosen ? -1 : token;
+  tile.out_rows[slot] = token < 0 || args.chosen ? kNoToken : token;
   tile.query_slots[slot] = slot;
-  tile.regions[slot] = exists ? grid.region(window, slot) : 0;
+}
+
+template <typename T, int kWarps>
+__device__ void place_regions(const Args<T>& args, int window, WindowTile<T, kWarps>& tile) {
+  const int slot = threadIdx.x;
+  if (slot < tile.kSlots) tile.regions[slot] = slot < args.grid.tokens() ? args.grid.region(window, slot) : 0;
+}
+
+template <typename T, int kWarps>
+__device__ void place_padding(const Args<T>& args, int head, WindowTile<T, kWarps>& tile) {
+  for (int i = threadIdx.x; i < 3 * kHeadSize; i += 32 * kWarps) {
+    const int64_t channel = i / kHeadSize * args.channels() + head * kHeadSize + i % kHeadSize;
+    tile.padding[i] = T(args.pad_value.at(channel));
+  }
+}
+
+// Biases of a query and keys 8 j + 2 t + i lie at 128 j + 4 t + i of its row, so that rows g and g + 8 of all lanes are
+// 512 neighbouring bytes.
+template <int kWarps>
+__device__ __forceinline__ int bias_row(int query) {
+  return query / 16 * (256 * kWarps) + query % 8 * 16 + query % 16 / 8 * 2;
 }
 
 // The chosen queries instead of all, in their order. The same thread as in place_slots.
@@ -129,7 +160,7 @@ __device__ void choose_queries(const Args<T>& args, uint32_t image, WindowTile<T
   const int token = row < args.rows ? args.queries[out_row] : -1;
   const bool exists = token >= 0 && token < tokens;
   tile.query_tokens[row] = exists ? int64_t(image) * tokens + token : kNoToken;
-  tile.out_rows[row] = row < args.rows ? out_row : -1;
+  tile.out_rows[row] = row < args.rows ? out_row : kNoToken;
   tile.query_slots[row] = exists ? args.grid.slot(token) : 0;
 }
 
@@ -144,115 +175,128 @@ __device__ void place_results(const Args<T>& args, uint32_t image, WindowTile<T,
   if (token >= 0 && token < tokens) tile.out_rows[args.grid.slot(token)] = out_row;
 }
 
-// The part of a window's rows that one thread moves, 16 bytes at a time; neighbouring lanes share a row.
+// The 16-byte pieces of a window's rows that one thread takes; neighbouring lanes share a row.
 template <typename T, int kWarps>
-struct Rows {
+struct Pieces {
   static constexpr int kValues = 16 / sizeof(T);
-  static constexpr int kPieces = kHeadSize / kValues;  // of a row
-  static constexpr int kCount = kPieces / 2;
-  using Piece = Vector<T, kValues>;
+  static constexpr int kOfRow = kHeadSize / kValues;
+  static constexpr int kCount = kOfRow / 2;
 
-  Piece pieces[kCount];
-
-  __device__ static int row(int i) { return (i * 32 * kWarps + int(threadIdx.x)) / kPieces; }
-  __device__ static int channel() { return threadIdx.x % kPieces * kValues; }
-
-  // From rows `stride` apart; padding is `pad` from `first` on, and what is no token is 0.
-  __device__ void fetch(const T* from, int64_t stride, const int64_t* tokens, const Parameter& pad, int64_t first) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t token = tokens[row(i)];
-      pieces[i] = {};
-      if (token >= 0) {
-        pieces[i] = load<kValues>(from + token * stride + channel());
-      } else if (token == kPaddingToken && pad.data) {
-#pragma unroll
-        for (int c = 0; c < kValues; ++c) pieces[i].values[c] = T(pad.at(first + channel() + c));
-      }
-    }
-  }
-
-  __device__ void put(T* to) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) store<kValues>(to + row(i) * kRowStride<T> + channel(), pieces[i]);
-  }
-
-  // Multiplies every row by a power of two, which is exact, and notes its norm.
-  template <int kSlots>
-  __device__ void normalise(Norms<kSlots>& norms) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float sum = 0;
-#pragma unroll
-      for (int c = 0; c < kValues; ++c) sum += float(pieces[i].values[c]) * float(pieces[i].values[c]);
-#pragma unroll
-      for (int other = 1; other < kPieces; other *= 2) sum += __shfl_xor_sync(kFullWarp, sum, other);
-      const float norm = sqrtf(sum), divisor = max(norm, kSmallestNorm), power = ldexpf(1.0f, -ilogbf(divisor));
-#pragma unroll
-      for (int c = 0; c < kValues; ++c) pieces[i].values[c] = T(float(pieces[i].values[c]) * power);
-      if (channel() > 0) continue;
-      norms.inverse[row(i)] = 1 / (divisor * power);
-      norms.power[row(i)] = norm < kSmallestNorm ? 0 : power;
-    }
-  }
-
-  template <int kSlots>
-  __device__ void do_not_normalise(Norms<kSlots>& norms) const {
-    if (threadIdx.x >= kSlots) return;
-    norms.inverse[threadIdx.x] = norms.power[threadIdx.x] = 1;
-  }
+  __device__ static int row(int i) { return (i * 32 * kWarps + int(threadIdx.x)) / kOfRow; }
+  __device__ static int channel() { return threadIdx.x % kOfRow * kValues; }
+  __device__ static int at(int i) { return row(i) * kRowStride<T> + channel(); }
 };
 
-// Puts queries, keys and values of a head where their places are known.
+// Begins to copy rows that are `stride` apart; what is no token is 0.
 template <typename T, int kWarps>
-__device__ __forceinline__ void load_window(const Args<T>& args, int head, WindowTile<T, kWarps>& tile) {
-  const int64_t channels = args.channels(), first = int64_t(head) * kHeadSize;
-  Rows<T, kWarps> queries, keys, values;
-  queries.fetch(args.qkv + first, 3 * channels, tile.query_tokens, args.pad_value, first);
-  keys.fetch(args.qkv + channels + first, 3 * channels, tile.key_tokens, args.pad_value, channels + first);
-  values.fetch(args.qkv + 2 * channels + first, 3 * channels, tile.key_tokens, args.pad_value, 2 * channels + first);
-  if (args.logit_scale.data) {
-    queries.normalise(tile.query_norms);
-    keys.normalise(tile.key_norms);
-  } else {
-    queries.do_not_normalise(tile.query_norms);
-    keys.do_not_normalise(tile.key_norms);
+__device__ __forceinline__ void fetch_rows(T* to, const T* from, int64_t stride, const int64_t* tokens) {
+  using Mine = Pieces<T, kWarps>;
+#pragma unroll
+  for (int i = 0; i < Mine::kCount; ++i) {
+    const int64_t token = tokens[Mine::row(i)];
+    copy_async(to + Mine::at(i), from + max(token, int64_t(0)) * stride + Mine::channel(), token >= 0);
   }
-  queries.put(tile.queries);
-  keys.put(tile.keys);
-  values.put(tile.values);
 }
 
-// products (16, slots) of queries and keys -> exp(logit - the row's maximum), and 1 / their sum by row. The mask of
-// the shift is in the bias, or comes from the regions.
+// Puts the padding where it belongs, after the thread's copies.
+template <typename T, int kWarps>
+__device__ __forceinline__ void pad_rows(T* rows, const T* padding, const int64_t* tokens) {
+  using Mine = Pieces<T, kWarps>;
+#pragma unroll
+  for (int i = 0; i < Mine::kCount; ++i)
+    if (tokens[Mine::row(i)] == kPaddingToken)
+      store(rows + Mine::at(i), load<Mine::kValues>(padding + Mine::channel()));
+}
+
+// Multiplies every row by a power of two, which is exact, and notes its norm; after the thread's copies.
+template <typename T, int kWarps>
+__device__ __forceinline__ void normalise(T* rows, Norms<16 * kWarps>& norms) {
+  using Mine = Pieces<T, kWarps>;
+#pragma unroll
+  for (int i = 0; i < Mine::kCount; ++i) {
+    Vector<T, Mine::kValues> piece = load<Mine::kValues>(rows + Mine::at(i));
+    float sum = 0;
+#pragma unroll
+    for (int c = 0; c < Mine::kValues; ++c) sum += float(piece.values[c]) * float(piece.values[c]);
+#pragma unroll
+    for (int other = 1; other < Mine::kOfRow; other *= 2) sum += __shfl_xor_sync(kFullWarp, sum, other);
+    const float norm = sqrtf(sum), divisor = max(norm, kSmallestNorm), power = ldexpf(1.0f, -ilogbf(divisor));
+#pragma unroll
+    for (int c = 0; c < Mine::kValues; ++c) piece.values[c] = T(float(piece.values[c]) * power);
+    store(rows + Mine::at(i), piece);
+    if (Mine::channel() > 0) continue;
+    norms.inverse[Mine::row(i)] = 1 / (divisor * power);
+    norms.power[Mine::row(i)] = norm < kSmallestNorm ? 0 : power;
+  }
+}
+
+// Begins to copy a head's queries, keys and values where their places are known.
+template <typename T, int kWarps>
+__device__ __forceinline__ void fetch_window(const Args<T>& args, int head, WindowTile<T, kWarps>& tile) {
+  const int64_t channels = args.channels();
+  const T* from = args.qkv + head * kHeadSize;
+  fetch_rows<T, kWarps>(tile.queries, from, 3 * channels, tile.query_tokens);
+  fetch_rows<T, kWarps>(tile.keys, from + channels, 3 * channels, tile.key_tokens);
+  fetch_rows<T, kWarps>(tile.values, from + 2 * channels, 3 * channels, tile.key_tokens);
+}
+
+// Waits for this thread's copies and makes operands of them.
+template <typename T, int kWarps>
+__device__ __forceinline__ void finish_window(const Args<T>& args, WindowTile<T, kWarps>& tile) {
+  wait_for_copies();
+  if (args.pad_value.data) {
+    pad_rows<T, kWarps>(tile.queries, tile.padding, tile.query_tokens);
+    pad_rows<T, kWarps>(tile.keys, tile.padding + kHeadSize, tile.key_tokens);
+    pad_rows<T, kWarps>(tile.values, tile.padding + 2 * kHeadSize, tile.key_tokens);
+  }
+  if (!args.logit_scale.data) return;
+  normalise<T, kWarps>(tile.queries, tile.query_norms);
+  normalise<T, kWarps>(tile.keys, tile.key_norms);
+}
+
+// Values for pairs of queries and keys times what their product is multiplied with in the cosine form.
+template <typename T, int kWarps>
+__device__ __forceinline__ void scale_by_norms(float (&values)[2 * kWarps][4], const WindowTile<T, kWarps>& tile,
+                                               float factor) {
+  const int row = threadIdx.x / 32 * 16 + lane() / 4;
+  const float row_factors[2] = {factor * tile.query_norms.inverse[row], factor * tile.query_norms.inverse[row + 8]};
+#pragma unroll
+  for (int j = 0; j < 2 * kWarps; ++j) {
+    const Vector<float, 2> key_factors = load<2>(tile.key_norms.inverse + 8 * j + lane() % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[j][i] *= row_factors[i / 2] * key_factors.values[i % 2];
+  }
+}
+
+// factor * products (16, slots) of queries and keys -> exp(logit - the row's maximum), and 1 / their sum by row. The
+// mask of the shift is in the bias, or comes from the regions.
 template <bool kRegions, typename T, int kWarps>
 __device__ __forceinline__ void softmax(float (&products)[2 * kWarps][4], float (&inverse_sums)[2],
-                                        const WindowTile<T, kWarps>& tile, const float* bias, int side, float factor) {
-  const int g = lane() / 4, t = lane() % 4;
+                                        const WindowTile<T, kWarps>& tile, const float* bias, float factor) {
+  const int t = lane() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = threadIdx.x / 32 * 16 + g + 8 * half, slot = tile.query_slots[row];
-    const float row_factor = factor * tile.query_norms.inverse[row];
+    const int slot = tile.query_slots[threadIdx.x / 32 * 16 + lane() / 4 + 8 * half];
+    const float* biases = bias + bias_row<kWarps>(slot) + 4 * t;
     float largest = -INFINITY, sum = 0;
 #pragma unroll
     for (int j = 0; j < 2 * kWarps; ++j) {
-      const Vector<float, 2> biases = load<2>(bias + slot * side + 8 * j + 2 * t);
-      const Vector<float, 2> key_factors = load<2>(tile.key_norms.inverse + 8 * j + 2 * t);
+      const Vector<float, 2> pair = load<2>(biases + 128 * j);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& logit = products[j][2 * half + i];
-        logit = logit * (row_factor * key_factors.values[i]) + biases.values[i];
-        if (kRegions && tile.regions[slot] != tile.regions[8 * j + 2 * t + i]) logit -= 100;
+        logit = logit * factor + pair.values[i];
+        if (kRegions && tile.regions[slot] != tile.regions[8 * j + 2 * t + i]) logit += kBetweenRegions;
         largest = max(largest, logit);
       }
     }
-    largest = max_over_row(largest);
+    const float offset = max_over_row(largest) * kLog2E;
 #pragma unroll
     for (int j = 0; j < 2 * kWarps; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& logit = products[j][2 * half + i];
-        logit = exp2f((logit - largest) * kLog2E);
+        logit = power_of_two(logit * kLog2E - offset);
         sum += logit;
       }
     }
@@ -260,7 +304,7 @@ __device__ __forceinline__ void softmax(float (&products)[2 * kWarps][4], float 
   }
 }
 
-// Stores the warp's 16 rows from shared memory, 16 bytes at a time, to the places given; -1 is none.
+// Stores the warp's 16 rows from shared memory, 16 bytes at a time, to the places that are one.
 template <typename T>
 __device__ __forceinline__ void store_rows(const T* from, T* to, int64_t stride, const int64_t* places) {
   constexpr int kValues = 16 / sizeof(T), kPieces = kHeadSize / kValues;

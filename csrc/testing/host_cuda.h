@@ -51,11 +51,17 @@ namespace host_cuda {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
+struct Copy {
+  void* to;
+  unsigned char values[16];
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   uint3 index;
   bool done = false;
+  std::vector<Copy> copies;  // begun and not waited for
 };
 
 // Waits until `expected` threads have arrived.
@@ -97,12 +103,14 @@ class Block {
   void sync_warp() { wait(warp().barrier); }
   Warp& warp() { return warps_[current_ / warpSize]; }
   unsigned lane() const { return current_ % warpSize; }
+  std::vector<Copy>& copies() { return fibers_[current_]->copies; }
 
  private:
   void start(unsigned i) {
     Fiber& fiber = *fibers_[i];
     fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fiber.done = false;
+    fiber.copies.clear();
     ++warps_[i / warpSize].barrier.expected;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -202,6 +210,21 @@ inline void check_aligned(const void* pointer, size_t bytes) {
 template <typename T>
 T exchange(const T& value, unsigned from) {
   return exchange(value)[from % warpSize];
+}
+
+// cp.async of 16 bytes, or of zeros. Until this thread waits for its copies there are NaN in every floating dtype.
+inline void copy_async(void* to, const void* from, bool exists) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    throw std::runtime_error("host_cuda: cp.async takes aligned addresses");
+  Copy copy{to, {}};
+  if (exists) std::memcpy(copy.values, from, sizeof(copy.values));
+  std::memset(to, 0xff, sizeof(copy.values));
+  Block::instance().copies().push_back(copy);
+}
+
+inline void wait_for_copies() {
+  for (const Copy& copy : Block::instance().copies()) std::memcpy(copy.to, copy.values, sizeof(copy.values));
+  Block::instance().copies().clear();
 }
 
 // ldmatrix.x4 of 16-bit values: lane 8 i + r names row r (16 bytes) of matrix i; lane 4 g + t gets row g, columns 2 t
