@@ -316,7 +316,8 @@ void check_inputs(const Inputs& in) {
   check(grid.shift_h >= 0 && grid.shift_h < grid.window_h && grid.shift_w >= 0 && grid.shift_w < grid.window_w,
         "shift: expected 0 <= shift < window, got ", grid.shift_h, ", ", grid.shift_w);
   check(in.qkv.scalar_type() != ScalarType::Double, "qkv: expected float32, bfloat16 or float16, got float64");
-  check(int64_t(grid.window_h) * grid.window_w <= kMaxTokens && in.heads > 0 && in.channels() == in.heads * kHeadSize,
+  check(int64_t(grid.window_h) * grid.window_w <= kMaxTokens && in.heads > 0 &&
+            in.qkv.size(3) == 3 * in.heads * kHeadSize,
         "qkv: expected windows of at most ", kMaxTokens, " tokens and heads of ", kHeadSize, " channels, got ",
         grid.window_h, " x ", grid.window_w, " and ", in.qkv.size(3), " channels for ", in.heads, " heads");
   check(int64_t(grid.height) * grid.width <= 2147483647 && in.windows() * in.heads <= 2147483647,
@@ -426,7 +427,7 @@ Tensor forward_cuda(const Tensor& qkv, const Tensor& bias_table, const std::opti
   return out;
 }
 
-// Sums of a block's windows; undefined where they are not wanted.
+// Sums for table, logit scale and padding value; undefined where they are not wanted.
 struct Partials {
   Tensor table, scale, pad;
 };
@@ -455,11 +456,17 @@ void run_backward(const Stream& stream, const Inputs& in, const Tensor& grad_out
   });
 }
 
-// Adds partial sums up and makes the gradient of a parameter of them.
+Partials sum_over_blocks(const Stream& stream, const Partials& partials) {
+  const auto sum = [&](const Tensor& of_blocks) {
+    return of_blocks.defined() ? sum_partials(stream, of_blocks) : Tensor();
+  };
+  return {sum(partials.table), sum(partials.scale), sum(partials.pad)};
+}
+
+// The gradient of a parameter, by a kernel that takes the sums over all blocks.
 template <typename... Parameters, typename... Args>
-Tensor finish(const Stream& stream, const Tensor& parameter, const Tensor& partials, void (*kernel)(Parameters...),
+Tensor finish(const Stream& stream, const Tensor& parameter, const Tensor& sums, void (*kernel)(Parameters...),
               const Args&... args) {
-  const Tensor sums = partials.defined() ? sum_partials(stream, partials) : Tensor();
   const Tensor gradient = torch::stable::new_empty(parameter, parameter.sizes());
   launch(stream, kernel, dim3(blocks_for(gradient.numel(), kThreads)), dim3(kThreads), args..., pointer(sums),
          Result{gradient.mutable_data_ptr(), gradient.scalar_type()});
@@ -484,14 +491,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   const Partials partials = allocate(in, blocks, needs_table, scales, pads);
   const Tensor grad_qkv = torch::stable::new_empty(in.qkv, in.qkv.sizes());
   if (grad_qkv.numel() > 0) run_backward(stream, in, aligned(grad_out), grad_qkv, windows, partials);
+  const Partials sums = sum_over_blocks(stream, partials);
   const auto unwanted = [&] { return torch::stable::new_empty(grad_out, {0}); };
   const int of_heads = int(heads), channels = int(in.channels());
-  return {
-      grad_qkv,
-      needs_table ? finish(stream, bias_table, partials.table, table_gradient_kernel, in.grid, of_heads) : unwanted(),
-      scales ? finish(stream, *logit_scale, partials.scale, scale_gradient_kernel, parameter(in.logit_scale), of_heads)
-             : unwanted(),
-      pads ? finish(stream, *pad_value, partials.pad, pad_gradient_kernel, channels) : unwanted()};
+  return {grad_qkv,
+          needs_table ? finish(stream, bias_table, sums.table, table_gradient_kernel, in.grid, of_heads) : unwanted(),
+          scales ? finish(stream, *logit_scale, sums.scale, scale_gradient_kernel, parameter(in.logit_scale), of_heads)
+                 : unwanted(),
+          pads ? finish(stream, *pad_value, sums.pad, pad_gradient_kernel, channels) : unwanted()};
 }
 
 }  // namespace

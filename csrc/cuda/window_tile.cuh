@@ -73,8 +73,8 @@ constexpr int kRowStride = kHeadSize + kPadding<T>;
 template <typename T, int kWarps>
 constexpr int kWeightStride = 16 * kWarps + kPadding<T>;
 
-// In the cosine form queries and keys x are kept as x 2^-e, |x| 2^-e being between 1/2 and 2: fp16 would not hold the
-// inverse of every norm.
+// In the cosine form queries and keys x are kept as x 2^-e, whose norm lies between 1 and 2: gradients are multiplied
+// by the inverse of the norm, which fp16 could not hold for every x.
 template <int kSlots>
 struct Norms {
   float inverse[kSlots];  // 1 / max(|x| 2^-e, 1e-12 2^-e)
@@ -208,7 +208,7 @@ __device__ __forceinline__ void pad_rows(T* rows, const T* padding, const int64_
       store(rows + Mine::at(i), load<Mine::kValues>(padding + Mine::channel()));
 }
 
-// Multiplies every row by a power of two, which is exact, and notes its norm; after the thread's copies.
+// Multiplies every row by a power of two, which leaves its digits, and notes its norm; after the thread's copies.
 template <typename T, int kWarps>
 __device__ __forceinline__ void normalise(T* rows, Norms<16 * kWarps>& norms) {
   using Mine = Pieces<T, kWarps>;
