@@ -101,6 +101,13 @@ def test_matches_float64(target: Target, case: dict, dtypes: tuple) -> None:
     )
 
 
+@on_cuda
+def test_matches_float64_where_blocks_take_several_windows(target: Target) -> None:
+    """The forward gives each window a block of its own as long as there are fewer than 1024 for one head."""
+    inputs = make_inputs((2, 32, 33, 1, 32), (1, 2), (0, 1), BF16, FP32, device=target.device)
+    assert_matches(on(target), reference, inputs)
+
+
 @FUZZ
 @given(
     images=st.integers(0, 2),
@@ -336,7 +343,10 @@ def test_auto_passes_over_what_the_kernels_do_not_take() -> None:
 ACCESSES = {"fwd": (3, 1), "bwd": (4, 3)}  # matrices of rows that come in and go out, by direction
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow)],
+)
 def test_rows_move_16_bytes_at_a_time(architecture: str) -> None:
     """And halves are multiplied by tensor cores, float32 by none."""
     if (reason := _native.build_info()["cuda_reason"]) != "":
