@@ -26,12 +26,13 @@ from simmim_fast.testing import (
     assert_equal,
     assert_matches,
     assert_repeats,
+    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import shifted_window_attention_inputs as make_inputs
-from tests.ops import offline, targets
+from tests.ops import targets
 from tests.ops.shifted_window_operators import operator_arguments, operators
 from tests.ops.targets import FUZZ, Target
 
@@ -333,11 +334,14 @@ def test_the_launcher_refuses(target: Target, case: dict, message: str) -> None:
 
 
 def test_auto_passes_over_what_the_kernels_do_not_take() -> None:
-    assert size_refusal("native", "cuda", 64, 32, BF16) is None
-    assert "at most 64 tokens and heads of 32 channels; got 65 and 32" in size_refusal("native", "cuda", 65, 32, BF16)
-    assert "at most 64 tokens and heads of 32 channels; got 64 and 24" in size_refusal("native", "cuda", 64, 24, BF16)
-    assert size_refusal("native", "cuda", 64, 32, FP64) == "it has no CUDA kernel for torch.float64"
-    assert size_refusal("native", "cpu", 65, 24, FP64) is None
+    refused = partial(size_refusal, "native")
+    size = {"device_type": "cuda", "tokens": 64, "head_size": 32, "dtype": BF16}
+    limits = "it takes windows of at most 64 tokens and heads of 32 channels; got"
+    assert refused(**size) is None
+    assert refused(**size | {"tokens": 65}) == f"{limits} 65 and 32"
+    assert refused(**size | {"head_size": 24}) == f"{limits} 64 and 24"
+    assert refused(**size | {"dtype": FP64}) == "it has no CUDA kernel for torch.float64"
+    assert refused(device_type="cpu", tokens=65, head_size=24, dtype=FP64) is None
 
 
 ACCESSES = {"fwd": (3, 1), "bwd": (4, 3)}  # matrices of rows that come in and go out, by direction

@@ -22,11 +22,11 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def test_says_what_its_backends_do_not_take() -> None:
-    assert size_refusal("native", "cpu", 10_000, 1000) is None
-    assert size_refusal("triton", "cuda", 256, 128) is None
-    assert "at most 256 tokens and heads of at most 128 channels; got 257 and 32" in size_refusal(
-        "triton", "cuda", 257, 32
-    )
+    on_gpu = {"device_type": "cuda", "head_size": 32, "dtype": BF16}
+    assert size_refusal("native", device_type="cpu", tokens=10_000, head_size=1000, dtype=BF16) is None
+    assert size_refusal("triton", **on_gpu, tokens=256) is None
+    limits = "it takes windows of at most 256 tokens and heads of at most 128 channels; got"
+    assert size_refusal("triton", **on_gpu, tokens=257) == f"{limits} 257 and 32"
     arguments, backward_arguments = operator_arguments(shape=(1, 17, 16, 1, 4), window_size=(17, 16), device="meta")
     for function, args in ((kernels.forward, arguments), (kernels.backward, backward_arguments)):
         with pytest.raises(RuntimeError, match=r"triton: it takes windows of at most 256 tokens .* got 272 and 4"):

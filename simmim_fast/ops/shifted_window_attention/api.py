@@ -77,7 +77,8 @@ def shifted_window_attention(
         queries = _check_queries(queries, qkv, window)
     check_device("qkv", qkv, bias_table=bias_table, logit_scale=logit_scale, pad_value=pad_value, queries=queries)
     head_size = qkv.shape[3] // (3 * num_heads)
-    refusal = partial(size_refusal, device_type=qkv.device.type, tokens=window_h * window_w, head_size=head_size)
+    size = {"tokens": window_h * window_w, "head_size": head_size, "dtype": qkv.dtype}
+    refusal = partial(size_refusal, device_type=qkv.device.type, **size)
     backend = choose(OP, backend, qkv.device, qkv.dtype, refusal)
     scale = head_size**-0.5 if scale is None else float(scale)
     return OP.implementations[backend](

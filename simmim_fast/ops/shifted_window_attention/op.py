@@ -20,6 +20,7 @@ from simmim_fast.ops.shifted_window_attention import reference
 WHOLE_TOKENS = 64
 MAX_TOKENS = 256
 MAX_HEAD_SIZE = 128
+CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
 QUERY_BLOCK = 64
 KEY_BLOCK = 32
 GRADIENT_KEY_BLOCK = {2: 32, 4: 16, 8: 16}  # by the bytes of an element, where all queries are in one tile
@@ -125,12 +126,19 @@ def statistics_shape(work: Sizes, num_heads: int) -> tuple[int, ...]:
     return (2, 0 if work.tokens <= WHOLE_TOKENS else work.windows, num_heads, work.tokens)
 
 
-def size_refusal(backend: str, device_type: str, tokens: int, head_size: int) -> str | None:
+def size_refusal(backend: str, *, device_type: str, tokens: int, head_size: int, dtype: torch.dtype) -> str | None:
     """Why a backend does not take windows of so many tokens and heads of so many channels; None where it does."""
-    if backend == "triton" and (tokens > MAX_TOKENS or head_size > MAX_HEAD_SIZE):
+    if backend == "triton":
+        fits = tokens <= MAX_TOKENS and head_size <= MAX_HEAD_SIZE
         limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
-        return f"it takes {limits}; got {tokens} and {head_size}"
-    return None
+    elif backend == "native" and device_type == "cuda":
+        if dtype == torch.float64:
+            return f"it has no CUDA kernel for {dtype}"
+        fits = tokens <= WHOLE_TOKENS and head_size == CUDA_HEAD_SIZE
+        limits = f"windows of at most {WHOLE_TOKENS} tokens and heads of {CUDA_HEAD_SIZE} channels"
+    else:
+        return None
+    return None if fits else f"it takes {limits}; got {tokens} and {head_size}"
 
 
 def _reference(
@@ -326,4 +334,5 @@ OP = define_op(
     setup_context=_setup_context,
     gradients=_gradients,
     backends={"native": None, "triton": "simmim_fast.ops.shifted_window_attention.kernels"},
+    native_devices=("cpu", "cuda"),
 )
