@@ -9,9 +9,15 @@ namespace {
 
 // Blocks that shall share a multiprocessor: as many as leave a thread the registers that it needs.
 template <typename T, int kWarps>
-constexpr int kForwardBlocks = (std::is_same_v<T, float> ? 12 : kWarps == 4 ? 16 : 20) / kWarps;
+constexpr int kForwardBlocks = (std::is_same_v<T, float> ? 12
+                                : kWarps == 4            ? 16
+                                                         : 20) /
+                               kWarps;
 template <typename T, int kWarps>
-constexpr int kBackwardBlocks = (std::is_same_v<T, float> ? 8 : kWarps == 4 ? 12 : 16) / kWarps;
+constexpr int kBackwardBlocks = (std::is_same_v<T, float> ? 8
+                                 : kWarps == 4            ? 12
+                                                          : 16) /
+                                kWarps;
 
 // out (16, D) += weights of the warp's queries, rounded to T, times the values.
 template <typename T, int kWarps>
