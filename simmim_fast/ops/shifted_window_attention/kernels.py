@@ -33,10 +33,10 @@ from simmim_fast.ops.shifted_window_attention.op import (
     key_blocks,
     partial_shapes,
     query_blocks,
-    size_refusal,
     sizes,
     statistics_shape,
     tile,
+    triton_refusal,
 )
 from simmim_fast.ops.shifted_window_attention.reference import MAX_LOGIT_SCALE
 
@@ -356,7 +356,7 @@ def _bias_tiles(
 
 
 def _check_limits(work: Sizes) -> None:
-    reason = size_refusal("triton", "cuda", work.tokens, work.head_size)
+    reason = triton_refusal(work.tokens, work.head_size)
     if reason is not None:
         raise RuntimeError(f"shifted_window_attention on triton: {reason}")
 

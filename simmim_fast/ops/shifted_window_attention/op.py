@@ -129,16 +129,23 @@ def statistics_shape(work: Sizes, num_heads: int) -> tuple[int, ...]:
 def size_refusal(backend: str, *, device_type: str, tokens: int, head_size: int, dtype: torch.dtype) -> str | None:
     """Why a backend does not take windows of so many tokens and heads of so many channels; None where it does."""
     if backend == "triton":
-        fits = tokens <= MAX_TOKENS and head_size <= MAX_HEAD_SIZE
-        limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
-    elif backend == "native" and device_type == "cuda":
-        if dtype == torch.float64:
-            return f"it has no CUDA kernel for {dtype}"
-        fits = tokens <= WHOLE_TOKENS and head_size == CUDA_HEAD_SIZE
-        limits = f"windows of at most {WHOLE_TOKENS} tokens and heads of {CUDA_HEAD_SIZE} channels"
-    else:
+        return triton_refusal(tokens, head_size)
+    if backend != "native" or device_type != "cuda":
         return None
-    return None if fits else f"it takes {limits}; got {tokens} and {head_size}"
+    if dtype == torch.float64:
+        return f"it has no CUDA kernel for {dtype}"
+    if tokens > WHOLE_TOKENS or head_size != CUDA_HEAD_SIZE:
+        limits = f"windows of at most {WHOLE_TOKENS} tokens and heads of {CUDA_HEAD_SIZE} channels"
+        return f"it takes {limits}; got {tokens} and {head_size}"
+    return None
+
+
+def triton_refusal(tokens: int, head_size: int) -> str | None:
+    """`size_refusal` of Triton, which is the same on every device."""
+    if tokens <= MAX_TOKENS and head_size <= MAX_HEAD_SIZE:
+        return None
+    limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
+    return f"it takes {limits}; got {tokens} and {head_size}"
 
 
 def _reference(
