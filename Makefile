@@ -8,7 +8,7 @@ NATIVE := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/*.cu)
 
 # Two workers are two cores; each keeps to one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench clean

@@ -29,7 +29,8 @@ settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter needs a process of its own, which test_triton_interpreter.py starts."""
+    """The interpreter needs a process of its own; test_triton_interpreter.py starts it, and first: it takes longest."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
     if TRITON_INTERPRETED:
         return
     interpreted = [item for item in items if item.get_closest_marker("interpreted")]
