@@ -58,6 +58,20 @@ def test_auto_passes_over_what_does_not_take_the_size(available: Callable[..., N
         choose(EVERYWHERE, "triton", CUDA, FP32, too_large)
 
 
+def test_auto_takes_what_was_measured_to_be_fastest(
+    available: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available("reference", "native", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "FASTEST", {((9, 0), "an_op"): "native", ((8, 0), "an_op"): "reference"})
+    assert choose(EVERYWHERE, "auto", CUDA, FP32) == "native"
+    assert choose(EVERYWHERE, "auto", CUDA, FP32, {"native": "it takes 64 tokens"}.get) == "triton"
+    assert choose(EVERYWHERE, "auto", CPU, FP32) == "native"
+    monkeypatch.setattr(_backends, "FASTEST", {((8, 0), "an_op"): "native"})
+    assert choose(EVERYWHERE, "auto", CUDA, FP32) == "triton"
+
+
 def test_auto_passes_over_what_the_op_lacks() -> None:
     assert choose(PLAIN, "auto", CPU, FP32) == "reference"
     with pytest.raises(RuntimeError, match="plain_op has no native implementation"):
