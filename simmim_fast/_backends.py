@@ -2,8 +2,9 @@
 
 "reference" is plain PyTorch and runs everywhere. "native" is the compiled library: C++ on the CPU, CUDA C++ on the GPU.
 "triton" are the Triton kernels: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before the import.
-"auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first that can run: what
-was measured to be fastest on this GPU, then the device's order. A backend asked for by name, by argument or by variable, runs or raises; it never falls back.
+"auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first that can run:
+what was measured to be fastest on this GPU, then the device's order. A backend asked for by name, by argument or by
+variable, runs or raises; it never falls back.
 """
 
 from __future__ import annotations
