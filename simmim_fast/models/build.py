@@ -37,7 +37,7 @@ OFFICIAL_KEYS = {
         "USE_SHARED_RPB": "use_shared_rel_pos_bias",
     },
 }
-SIMMIM_ARGUMENTS = ("norm_target", "norm_target_patch_size", "head")
+SIMMIM_ARGUMENTS = ("norm_target", "norm_target_patch_size", "head", "counts", "shortcuts")
 
 
 def create_model(encoder: str, **kwargs: object) -> SimMIM:
@@ -47,7 +47,8 @@ def create_model(encoder: str, **kwargs: object) -> SimMIM:
         encoder: "swin", "swinv2" or "vit", with that encoder's arguments as keywords; or a preset such as
             "simmim_swin_base_192", whose values keywords override (`PRESETS` lists them).
         **kwargs: Arguments of the encoder by their official names, and of `SimMIM`: `norm_target`,
-            `norm_target_patch_size`, `head`. `backend` is "auto", "reference", "native" or "triton".
+            `norm_target_patch_size`, `head`, `counts`, `shortcuts`. `backend` is "auto", "reference", "native" or
+            "triton".
 
     Returns:
         The model, freshly initialised, in training mode.

@@ -128,17 +128,36 @@ class PatchEmbed(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def forward_masked(
-        self, images: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
+        self,
+        images: Tensor,
+        mask: Tensor,
+        mask_token: Tensor,
+        pos_embed: Tensor | None,
+        visible: Tensor | None,
+        backend: str,
     ) -> Tensor:
-        """Tokens (B, H/p, W/p, C) with mask_token (C) for the hidden patches, then pos_embed (H/p, W/p, C) on all."""
+        """Tokens (B, H/p, W/p, C) with mask_token (C) for the hidden patches, then pos_embed (H/p, W/p, C) on all.
+
+        `visible` (B, K) lists the patches that are not hidden, where the caller knows them.
+        """
         check_images(images, self.in_chans, self.img_size)
         check_mask(mask, images.shape[0], self.grid)
         if backend == "reference" or not isinstance(self.norm, nn.LayerNorm | None):
             return substitute_mask_tokens(self(images), mask, mask_token, pos_embed, backend=backend)
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
-        eps = {} if self.norm is None else {"eps": self.norm.eps}
+        options = {"visible": visible, "backend": backend}
+        if self.norm is not None:
+            options["eps"] = self.norm.eps
         projection = (self.proj.weight, self.proj.bias)
-        return masked_patch_embed(images, mask, *projection, *norm, mask_token, pos_embed, **eps, backend=backend)
+        return masked_patch_embed(images, mask, *projection, *norm, mask_token, pos_embed, **options)
+
+
+def select_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Of x (B, H, W, C) or (B, N, C) the listed tokens (B, K), by flat index: (B, K, C). All of x without a list."""
+    if tokens is None:
+        return x
+    x = x.flatten(1, -2)
+    return x.gather(1, tokens.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Mlp(nn.Module):

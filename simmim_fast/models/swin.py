@@ -23,6 +23,7 @@ from simmim_fast.models.layers import (
     check_encoder_arguments,
     check_image_size,
     init_linear_and_norm,
+    select_tokens,
     stochastic_depth_rates,
 )
 from simmim_fast.ops import shifted_window_attention
@@ -54,7 +55,10 @@ class AttentionInWindows(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def attend(self, qkv: Tensor, bias_table: Tensor, attn_mask: Tensor | None, **form: Any) -> Tensor:
-        """qkv (B, H, W, 3C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
+        """qkv (B, H, W, 3C) to (B, H, W, C), or (B, K, C) with `queries` (B, K) in a grid of one window.
+
+        attn_mask (windows, N, N) is what shifted windows add to their logits.
+        """
         arguments = (qkv, bias_table, self.window_size, self.shift, self.num_heads)
         dropout = self.attn_drop.p if self.training else 0.0
         if self.backend != "reference" and dropout == 0.0:
@@ -103,9 +107,9 @@ class WindowAttention(AttentionInWindows):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """x (B, H, W, C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
-        form = {"scale": self.scale, "pad_value": self.qkv.bias}
+    def forward(self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`."""
+        form = {"scale": self.scale, "pad_value": self.qkv.bias, "queries": queries}
         return self.proj_drop(self.proj(self.attend(self.qkv(x), self.relative_position_bias_table, attn_mask, **form)))
 
 
@@ -150,11 +154,15 @@ class SwinTransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.is_one_window = window[0] >= input_resolution[0] and window[1] >= input_resolution[1]
         padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
         self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), self.attn_mask))
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C)."""
+        queries = tokens if self.is_one_window else None
+        branch = self.attn(self.norm1(x), self.attn_mask, queries)
+        x = select_tokens(x, tokens) + self.drop_path(branch if queries is not None else select_tokens(branch, tokens))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -195,9 +203,14 @@ class BasicLayer(nn.Module):
         self.downsample = downsample
         self.use_checkpoint = use_checkpoint
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C) through the stage; the last may be asked for the listed tokens (B, K) alone: (B, K, C)."""
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.use_checkpoint and self.training else block(x)
+            wanted = tokens if block is self.blocks[-1] else None
+            if self.use_checkpoint and self.training:
+                x = checkpoint(block, x, wanted, use_reentrant=False)
+            else:
+                x = block(x, wanted)
         return x if self.downsample is None else self.downsample(x)
 
 
@@ -323,11 +336,14 @@ class SwinTransformer(nn.Module):
         """(H, W, C), or None without an absolute position embedding."""
         return None if self.absolute_pos_embed is None else self.absolute_pos_embed.view(*self.patch_embed.grid, -1)
 
-    def forward_stages(self, x: Tensor) -> Tensor:
-        """Embedded tokens (B, H, W, C) through dropout, all stages and the last norm: (B, h, w, num_features)."""
+    def forward_stages(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Embedded tokens (B, H, W, C) through dropout, all stages and the last norm: (B, h, w, num_features).
+
+        With a list of tokens of the last stage (B, K), of those alone: (B, K, num_features).
+        """
         x = self.pos_drop(x)
         for stage in self.layers:
-            x = stage(x)
+            x = stage(x, tokens if stage is self.layers[-1] else None)
         return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -348,6 +364,8 @@ class MaskedSwin:
     Hidden patches are replaced by one learnt mask token after the patch embedding.
     """
 
+    takes_lists = True  # of visible patches and wanted tokens, in `encode`
+
     def __init__(self, num_classes: int = 0, **kwargs: object) -> None:
         if num_classes != 0:
             raise ValueError(f"num_classes must be 0 in an encoder for SimMIM, got {num_classes}")
@@ -355,12 +373,21 @@ class MaskedSwin:
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        """As `forward`, channels last: (B, H / stride, W / stride, num_features)."""
+    def encode(
+        self, images: Tensor, mask: Tensor, visible: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, channels last: (B, H / stride, W / stride, num_features).
+
+        Args:
+            images: As in `forward`.
+            mask: As in `forward`.
+            visible: (B, K) flat indices of the patches that are not hidden, where they are known.
+            tokens: (B, K) flat indices of the features that are wanted, which are then (B, K, num_features).
+        """
         x = self.patch_embed.forward_masked(
-            images, mask, self.mask_token.flatten(), self._position_embedding(), self.backend
+            images, mask, self.mask_token.flatten(), self._position_embedding(), visible, self.backend
         )
-        return self.forward_stages(x)
+        return self.forward_stages(x, tokens)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Encode images whose masked patches are hidden.

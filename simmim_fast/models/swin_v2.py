@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import NormLayer
+from simmim_fast.models.layers import NormLayer, select_tokens
 from simmim_fast.models.swin import (
     AttentionInWindows,
     MaskedSwin,
@@ -71,12 +71,12 @@ class WindowAttention(AttentionInWindows):
         """Position bias of each offset between two tokens: ((2 wh - 1)(2 ww - 1), h)."""
         return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """x (B, H, W, C) to (B, H, W, C); attn_mask (windows, N, N) where the windows are shifted."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`."""
         bias = None
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        form = {"logit_scale": self.logit_scale.flatten(), "pad_value": bias}
+        form = {"logit_scale": self.logit_scale.flatten(), "pad_value": bias, "queries": queries}
         x = self.attend(F.linear(x, self.qkv.weight, bias), self.bias_table(), attn_mask, **form)
         return self.proj_drop(self.proj(x))
 
@@ -99,8 +99,11 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
     attention_layer = WindowAttention
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.norm1(self.attn(x, self.attn_mask)))
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        queries = tokens if self.is_one_window else None
+        branch = self.attn(x, self.attn_mask, queries)
+        branch = self.norm1(branch if queries is not None else select_tokens(branch, tokens))
+        x = select_tokens(x, tokens) + self.drop_path(branch)
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
 

@@ -21,6 +21,7 @@ from simmim_fast.models.layers import (
     PatchEmbed,
     check_encoder_arguments,
     check_image_size,
+    select_tokens,
     stochastic_depth_rates,
 )
 from simmim_fast.ops import biased_attention
@@ -108,8 +109,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-        """x (B, N, C) to (B, N, C); shared_bias (h, N, N) where the blocks share one."""
+    def forward(self, x: Tensor, shared_bias: Tensor | None, queries: Tensor | None = None) -> Tensor:
+        """x (B, N, C) to (B, N, C), or (B, K, C) with queries (B, K); shared_bias (h, N, N) or None."""
         qkv_bias = None
         if self.q_bias is not None:
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -117,13 +118,14 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else own + bias
-        return self.proj_drop(self.proj(self._attend(F.linear(x, self.qkv.weight, qkv_bias), bias)))
+        return self.proj_drop(self.proj(self._attend(F.linear(x, self.qkv.weight, qkv_bias), bias, queries)))
 
-    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+    def _attend(self, qkv: Tensor, bias: Tensor | None, queries: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
+        options = {"scale": self.scale, "queries": queries}
         if self.backend != "reference" and dropout == 0.0:
-            return biased_attention(qkv, bias, self.num_heads, scale=self.scale, backend=self.backend)
-        return reference.biased_attention(qkv, bias, self.num_heads, scale=self.scale, dropout=dropout)
+            return biased_attention(qkv, bias, self.num_heads, **options, backend=self.backend)
+        return reference.biased_attention(qkv, bias, self.num_heads, **options, dropout=dropout)
 
 
 class Block(nn.Module):
@@ -160,8 +162,10 @@ class Block(nn.Module):
         self.gamma_1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma_2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-        x = x + self.drop_path(_scale(self.attn(self.norm1(x), shared_bias), self.gamma_1))
+    def forward(self, x: Tensor, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C)."""
+        branch = self.attn(self.norm1(x), shared_bias, tokens)
+        x = select_tokens(x, tokens) + self.drop_path(_scale(branch, self.gamma_1))
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
 
@@ -283,14 +287,17 @@ class VisionTransformer(nn.Module):
         """That of the patches, (H, W, C), or None without a position embedding."""
         return None if self.pos_embed is None else self.pos_embed[0, 1:].view(*self.patch_embed.grid, -1)
 
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """Embedded patches (B, H, W, C), the class token put before them, through all blocks: (B, N, C)."""
+    def forward_blocks(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Embedded patches (B, H, W, C), the class token put before them, through all blocks: (B, N, C).
+
+        With a list of tokens (B, K), the class token being 0, of those alone: (B, K, C).
+        """
         cls_token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         x = self.pos_drop(x)
         shared_bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
         for block in self.blocks:
-            x = block(x, shared_bias)
+            x = block(x, shared_bias, tokens if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -312,6 +319,8 @@ class VisionTransformerForSimMIM(VisionTransformer):
     Hidden patches are replaced by one learnt mask token after the patch embedding.
     """
 
+    takes_lists = True  # of visible patches and wanted tokens, in `encode`
+
     def __init__(self, num_classes: int = 0, **kwargs: object) -> None:
         if num_classes != 0:
             raise ValueError(f"num_classes must be 0 in an encoder for SimMIM, got {num_classes}")
@@ -322,11 +331,22 @@ class VisionTransformerForSimMIM(VisionTransformer):
     def _trunc_normal_(self, tensor: Tensor) -> None:
         nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
-    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        """As `forward`, channels last: (B, H / patch, W / patch, C)."""
+    def encode(
+        self, images: Tensor, mask: Tensor, visible: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, channels last: (B, H / patch, W / patch, C).
+
+        Args:
+            images: As in `forward`.
+            mask: As in `forward`.
+            visible: (B, K) flat indices of the patches that are not hidden, where they are known.
+            tokens: (B, K) flat indices of the patches whose features are wanted, which are then (B, K, C).
+        """
         x = self.patch_embed.forward_masked(
-            images, mask, self.mask_token.flatten(), self._position_embedding(), self.backend
+            images, mask, self.mask_token.flatten(), self._position_embedding(), visible, self.backend
         )
+        if tokens is not None:
+            return self.forward_blocks(x, tokens + 1)
         return self.forward_blocks(x)[:, 1:].unflatten(1, self.patch_embed.grid)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
