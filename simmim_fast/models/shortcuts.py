@@ -28,14 +28,17 @@ def masked_tokens(mask: Tensor, factor: int) -> Tensor:
     return mask.ne(0).unflatten(1, (-1, factor)).unflatten(3, (-1, factor)).any(4).any(2)
 
 
-def list_tokens(mask: Tensor, factor: int, counts: tuple[int, int] | None) -> tuple[Tensor | None, Tensor | None]:
+def list_tokens(
+    mask: Tensor, factor: int, counts: tuple[int, int | None] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """The visible patches and the masked tokens of every image, by flat index.
 
     Args:
         mask: As in `masked_tokens`.
         factor: As in `masked_tokens`.
-        counts: Visible patches and masked tokens of an image, every image having as many. Without them the tokens are
-            counted where that needs no synchronisation: on the CPU, outside of torch.compile.
+        counts: Visible patches and masked tokens of an image, every image having as many; None for the tokens where
+            images differ. Unknown tokens are counted where that needs no synchronisation: on the CPU, outside of
+            torch.compile.
 
     Returns:
         (B, visible patches) and (B, masked tokens) int32, ascending, each None where it is not known.
@@ -45,17 +48,20 @@ def list_tokens(mask: Tensor, factor: int, counts: tuple[int, int] | None) -> tu
     """
     hidden, masked = mask.ne(0), masked_tokens(mask, factor)
     readable = mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling()
-    if counts is not None:
-        if readable:
-            _check_counts(counts, (~hidden).flatten(1).sum(1), masked.flatten(1).sum(1))
-        return token_index(~hidden, counts[0]), token_index(masked, counts[1])
+    visible_count, token_count = counts or (None, None)
+    if readable:
+        _check_count("visible patches", visible_count, ~hidden)
+        _check_count("masked tokens", token_count, masked)
+    visible = None if visible_count is None else token_index(~hidden, visible_count)
+    if token_count is not None:
+        return visible, token_index(masked, token_count)
     if not readable or masked.numel() == 0:
-        return None, None
+        return visible, None
     most = int(masked.flatten(1).sum(1).max())
-    return None, token_index(masked, most).sort(dim=1).values
+    return visible, token_index(masked, most).sort(dim=1).values
 
 
-def _check_counts(counts: tuple[int, int], visible: Tensor, masked: Tensor) -> None:
-    for what, expected, actual in zip(("visible patches", "masked tokens"), counts, (visible, masked), strict=True):
-        if not bool((actual == expected).all()):
-            raise ValueError(f"counts say {expected} {what} an image, but the mask has {sorted(set(actual.tolist()))}")
+def _check_count(what: str, expected: int | None, selected: Tensor) -> None:
+    counted = selected.flatten(1).sum(1)
+    if expected is not None and not bool((counted == expected).all()):
+        raise ValueError(f"counts say {expected} {what} an image, but the mask has {sorted(set(counted.tolist()))}")

@@ -48,7 +48,7 @@ class SimMIM(nn.Module):
         norm_target: bool = False,
         norm_target_patch_size: int = 47,
         head: str = "linear",
-        counts: tuple[int, int] | None = None,
+        counts: tuple[int, int | None] | None = None,
         shortcuts: Sequence[str] = SHORTCUTS,
     ) -> None:
         check_types(SimMIM.__init__, locals())
@@ -70,7 +70,7 @@ class SimMIM(nn.Module):
         self.norm_target = norm_target
         self.norm_target_patch_size = norm_target_patch_size
 
-    def forward(self, images: Tensor, mask: Tensor, *, counts: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor, *, counts: tuple[int, int | None] | None = None) -> Tensor:
         """Hide the masked patches, predict the image, compare.
 
         Args:
@@ -94,7 +94,7 @@ class SimMIM(nn.Module):
         return linear_masked_loss(*arguments, patch_size=self.patch_size, tokens=tokens, backend=self.backend)
 
     def _lists(
-        self, images: Tensor, mask: Tensor, counts: tuple[int, int] | None
+        self, images: Tensor, mask: Tensor, counts: tuple[int, int | None] | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Visible patches and masked tokens, each None where it is not known or no shortcut needs it."""
         if not self.shortcuts or self.img_size is None:

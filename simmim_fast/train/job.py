@@ -42,6 +42,7 @@ def prepare(config: PretrainConfig, *, overwrite: bool = False) -> Job:
     torch.manual_seed(config.seed)
     model = build_model(config)
     masks = build_masks(config, model)
+    model.counts = masks.counts
     dataset = build_dataset(config, model)
     loader = build_loader(
         dataset,

@@ -81,11 +81,8 @@ def test_the_last_block_computes_the_masked_tokens_alone(encoder: str) -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_counts_given_or_counted_are_the_same(encoder: str) -> None:
-    generator = MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6)
-    counts = MaskGenerator(
-        SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6, encoder_stride=build(encoder).encoder_stride
-    ).counts
-    mask = generator.batch(3, generator=torch.Generator().manual_seed(2))
+    mask, stride = masks(encoder, 16), build(encoder).encoder_stride
+    counts = MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6, encoder_stride=stride).counts
     expected = train(build(encoder), mask)
     assert_same(train(build(encoder), mask, counts=counts), expected)
     assert_same(train(build(encoder, counts=counts), mask), expected)
@@ -100,6 +97,13 @@ def test_images_may_have_different_counts() -> None:
     mask[0] = False
     mask[1, 0, 0] = True
     assert_same(train(build("swin"), mask), train(build("swin", backend="reference"), mask))
+
+
+def test_tokens_are_counted_where_images_differ() -> None:
+    mask = masks("swin", 4)  # cells of half an output token
+    counts = MaskGenerator(SIZE, 4, 4, 0.6, encoder_stride=8).counts
+    assert counts[1] is None
+    assert_same(train(build("swin", counts=counts), mask), train(build("swin"), mask))
 
 
 def test_lists_are_ascending_and_hold_every_masked_token() -> None:

@@ -76,3 +76,8 @@ def test_trying_the_model_out_leaves_it_in_training_and_draws_nothing(prepared):
 def test_a_backend_that_cannot_run_here_is_refused(prepared):
     with pytest.raises(RuntimeError, match="backend='triton' cannot run here"):
         prepared(model_args={**TINY, "backend": "triton"})
+
+
+def test_the_model_knows_how_much_the_masks_hide(prepared):
+    job = prepared(mask_ratio=0.5)  # 8 of 16 cells of 2 x 2 patches, each an output token
+    assert job.model.counts == (32, 8)
