@@ -25,14 +25,7 @@ struct Result {
 // Thread of the grid; beyond the results where there are more threads.
 __device__ int result_index() { return static_cast<int>(blockIdx.x * kThreads + threadIdx.x); }
 
-// Whether a window lies at the bottom (1) and at the right (2) of the grid, where the roll joins what does not belong
-// together; 0 where nothing is rolled.
-__device__ int window_kind(const WindowGrid& grid, int window) {
-  if (!grid.shift_h && !grid.shift_w) return 0;
-  return (window / grid.columns() == grid.rows() - 1) + 2 * (window % grid.columns() == grid.columns() - 1);
-}
-
-// A window of a kind.
+// A window of a kind of window_kind.
 __device__ int window_of_kind(const WindowGrid& grid, int kind) {
   return (kind % 2 ? grid.rows() - 1 : 0) * grid.columns() + (kind / 2 ? grid.columns() - 1 : 0);
 }

@@ -57,14 +57,14 @@ struct ForwardArgs : Args<T> {
   T* out;  // (images, height * width or rows, C)
 };
 
-// Partial sums, one for every block of windows, are null where they are not wanted.
+// Partial sums are null where they are not wanted.
 template <typename T>
 struct BackwardArgs : Args<T> {
   const T* grad_out;      // as out
   T* grad_qkv;            // as qkv
-  float* table_partials;  // (blocks, heads, N, N)
-  float* scale_partials;  // (blocks, heads)
-  float* pad_partials;    // (blocks, 2, C): of k and v
+  float* table_partials;  // (blocks of windows, heads, N, N)
+  float* scale_partials;  // (windows, heads)
+  float* pad_partials;    // (windows, 2, C): of k and v
 };
 
 // Rows of head size, and rows of a value for every slot, as they lie in shared memory.
@@ -112,7 +112,6 @@ struct GradientTile : WindowTile<T, kWarps> {
   alignas(16) T grads[Base::kSlots * kRowStride<T>];  // of out
   alignas(16) T weights[Base::kSlots * kWeightStride<T, kWarps>];
   alignas(16) T weight_grads[Base::kSlots * kWeightStride<T, kWarps>];  // of the products of queries and keys
-  float pad_sums[2 * kHeadSize];
   float scale_sums[kWarps];
 };
 
