@@ -1,0 +1,156 @@
+"""The models with what people put around them: compile, export, checkpointing, DDP, FSDP2, fake tensors, pickles."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from simmim_fast import MaskGenerator, SimMIM, create_model
+from simmim_fast.train.loop import train_step
+
+ENCODERS = {
+    "swin": {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)},
+    "swinv2": {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)},
+    "vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "use_mean_pooling": False},
+}
+SIZE = 32
+
+every_encoder = pytest.mark.parametrize("encoder", ENCODERS)
+
+
+def build(encoder: str, **options: object) -> SimMIM:
+    torch.manual_seed(0)
+    return create_model(
+        encoder, img_size=SIZE, **{"backend": "native", "drop_path_rate": 0.0, **ENCODERS[encoder], **options}
+    )
+
+
+def batch(encoder: str, size: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    masks = MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6)
+    return torch.randn(size, 3, SIZE, SIZE, generator=generator), masks.batch(size, generator=generator)
+
+
+def gradients(model: nn.Module, images: Tensor, mask: Tensor) -> list[Tensor]:
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(images, mask)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@every_encoder
+@pytest.mark.parametrize("counts", [None, (8, 8)], ids=["dense", "counts"])
+def test_a_step_never_waits_for_the_device(encoder: str, counts: tuple[int, int] | None) -> None:
+    """Reading a value of a fake tensor raises, as it would make the host wait."""
+    mode = FakeTensorMode()
+    model = faked(build(encoder, drop_path_rate=0.1, counts=counts), mode)
+    micro_batches = [tuple(mode.from_tensor(tensor) for tensor in batch(encoder))] * 2
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with mode:
+        loss, norm = train_step(model, optimizer, micro_batches, clip_grad=5.0, bf16=True)
+    assert (loss.shape, norm.shape) == ((), ())
+
+
+def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The model with fake parameters and buffers."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach())))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(buffer))
+    return model
+
+
+@every_encoder
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_with_a_dynamic_batch(encoder: str, engine: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(engine)
+    model = build(encoder)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in (2, 3, 5):
+        expected = gradients(model, *batch(encoder, size))
+        assert_close(gradients(compiled, *batch(encoder, size)), expected)
+    assert counter.frame_count <= 2, "recompiled for the third batch size"
+
+
+@every_encoder
+def test_compiles_block_by_block(encoder: str) -> None:
+    torch._dynamo.reset()
+    model = build(encoder)
+    expected = gradients(model, *batch(encoder))
+    for block in blocks_of(model):
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert_close(gradients(model, *batch(encoder)), expected)
+
+
+def blocks_of(model: SimMIM) -> list[nn.Module]:
+    encoder = model.encoder
+    return list(encoder.blocks) if hasattr(encoder, "blocks") else [b for s in encoder.layers for b in s.blocks]
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2"])
+def test_checkpointing_recomputes_the_same(encoder: str) -> None:
+    expected = gradients(build(encoder), *batch(encoder))
+    actual = gradients(build(encoder, use_checkpoint=True), *batch(encoder))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@every_encoder
+def test_exports_the_encoder(encoder: str) -> None:
+    model = build(encoder).eval()
+    images, mask = batch(encoder)
+    program = torch.export.export(model.encoder, (images, mask))
+    others = batch(encoder, 2)
+    torch.testing.assert_close(program.module()(*others), model.encoder(*others))
+
+
+@every_encoder
+def test_copies_and_pickles(encoder: str) -> None:
+    model = build(encoder)
+    expected = gradients(model, *batch(encoder))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(other, *batch(encoder)), expected, strict=True))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_encoder
+@pytest.mark.usefixtures("process_group")
+def test_ddp(encoder: str) -> None:
+    expected = gradients(build(encoder), *batch(encoder))
+    assert_close(gradients(DistributedDataParallel(build(encoder)), *batch(encoder)), expected)
+
+
+@every_encoder
+@pytest.mark.usefixtures("process_group")
+def test_fsdp2(encoder: str) -> None:
+    expected = gradients(build(encoder), *batch(encoder))
+    model = build(encoder)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    actual = gradients(model, *batch(encoder))
+    assert_close([one.full_tensor() if hasattr(one, "full_tensor") else one for one in actual], expected)
