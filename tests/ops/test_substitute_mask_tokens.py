@@ -272,7 +272,9 @@ def test_cost_formulas(backend: str) -> None:
     assert bytes_moved(forward, x, mask, mask_token, pos_embed) == (x.nbytes + mask.nbytes + parameters, out.nbytes)
 
     (launch,) = offline.launches(kernels.backward, out, mask, BF16, FP32, FP32)
-    partial_sums = sum(launch.arguments[name].nbytes for name in ("token_partial_ptr", "pos_partial_ptr"))
+    partials = [launch.arguments[name] for name in ("token_partial_ptr", "pos_partial_ptr")]
+    assert all(partial.dtype == FP32 for partial in partials), "sums accumulate in float32"
+    partial_sums = sum(partial.nbytes for partial in partials)
     read, written = bytes_moved(backward, out, mask, BF16, FP32, FP32)
     assert read == out.nbytes + mask.nbytes + partial_sums
     assert written == partial_sums + sum(grad.nbytes for grad in backward(out, mask, BF16, FP32, FP32))
