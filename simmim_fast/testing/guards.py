@@ -28,7 +28,8 @@ class Guards(TorchDispatchMode):
         """A copy of a tensor between guards; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        return self._allocate(value.shape, value.stride(), value.dtype, value.device).copy_(value)
+        dense = value if 0 not in value.stride() else value.contiguous()  # or elements would share their memory
+        return self._allocate(dense.shape, dense.stride(), dense.dtype, dense.device).copy_(value)
 
     def check(self) -> None:
         """No guard has changed, and every operator's allocations were seen."""
