@@ -9,6 +9,7 @@
 
 #include "cpu/masked_patch_embed.h"
 #include "cpu/tile_product.h"
+#include "cpu/vector_rows.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
@@ -19,39 +20,6 @@ using masked_patch_embed::ceil_div;
 constexpr int64_t kTileRows = 48;
 template <typename Sum>
 constexpr int64_t kPanel = (kRegisters == 32 ? 4 : 3) * kLanes<Sum>;  // channels
-
-// Up to a vector of the n elements that are left, 0 past them.
-template <typename T>
-inline Vec<Accumulator<T>> widen_part(const T* from, int64_t n) {
-  using Sum = Accumulator<T>;
-  if (n >= kLanes<Sum>) return widen<Sum>(from);
-  T part[kLanes<Sum>] = {};
-  std::copy_n(from, n, part);
-  return widen<Sum>(static_cast<const T*>(part));
-}
-
-template <typename T>
-inline void narrow_part(T* to, Vec<Accumulator<T>> value, int64_t n) {
-  using Sum = Accumulator<T>;
-  if (n >= kLanes<Sum>) return narrow<T, Sum>(to, value);
-  T part[kLanes<Sum>];
-  narrow<T, Sum>(part, value);
-  std::copy_n(part, n, to);
-}
-
-template <typename Sum>
-inline Sum sum_lanes(Vec<Sum> value) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Sum, float>)
-    return _mm512_reduce_add_ps(value);
-  else
-    return _mm512_reduce_add_pd(value);
-#else
-  Sum sum = 0;
-  for (int64_t lane = 0; lane < kLanes<Sum>; ++lane) sum += value[lane];
-  return sum;
-#endif
-}
 
 // Calls f(Type<T>) for a dtype that is summed in Sum.
 template <typename Sum, typename F>
