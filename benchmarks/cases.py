@@ -80,6 +80,13 @@ def _masked_patch_embed(masks: MaskGenerator, channels: int, norm: bool) -> Case
     return Case("masked_patch_embed", _model(masks), draw, wanted)
 
 
+def _bias_gelu(model: str, tokens: tuple[int, ...], channels: int) -> Case:
+    def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+        return testing.bias_gelu_inputs((batch, *tokens, channels), dtype, PARAMETERS, device=device, seed=seed)
+
+    return Case("bias_gelu", model, draw, ("x", "bias"))
+
+
 def _biased_attention(model: str, tokens: int) -> Case:
     def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
         return testing.biased_attention_inputs((batch, tokens, 12, 64), dtype, PARAMETERS, device=device, seed=seed)
@@ -135,6 +142,9 @@ _ALL = (
     _substitute_mask_tokens(VIT, 768),
     _masked_patch_embed(SWIN, 128, norm=True),
     _masked_patch_embed(VIT, 768, norm=False),
+    _bias_gelu("swin_base_192 stage 1", (48, 48), 512),
+    _bias_gelu("swin_base_192 stage 3", (12, 12), 2048),
+    _bias_gelu("vit_base_224", (197,), 3072),
     _biased_attention("vit_base_224", 197),
     _biased_attention("vit_base_384", 577),
     _shifted_window_attention("swin_base_192 stage 1", 48, 4, 6, 0),

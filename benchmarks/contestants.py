@@ -54,8 +54,13 @@ def sdpa(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Bias and GELU in the dtype of x, as autocast leaves them."""
+    return F.gelu(x + bias.to(x.dtype))
+
+
 # What takes the reference's place as "eager" and, compiled, as "compiled": what a model does without the op.
-_EAGER: dict[str, Function] = {"masked_patch_embed": convolution}
+_EAGER: dict[str, Function] = {"bias_gelu": biased_gelu, "masked_patch_embed": convolution}
 _PEERS: dict[str, dict[str, Function]] = {
     "substitute_mask_tokens": {"blend": blend},
     "biased_attention": {"sdpa": sdpa},

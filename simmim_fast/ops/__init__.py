@@ -1,6 +1,7 @@
 """The ops: one folder each, with the public function, its plain PyTorch reference and its kernels."""
 
 from simmim_fast.ops._registration import OPS, bytes_moved, flops, register_flop_formulas
+from simmim_fast.ops.bias_gelu import bias_gelu
 from simmim_fast.ops.biased_attention import biased_attention
 from simmim_fast.ops.linear_masked_loss import linear_masked_loss
 from simmim_fast.ops.masked_l1_loss import masked_l1_loss
@@ -10,6 +11,7 @@ from simmim_fast.ops.substitute_mask_tokens import substitute_mask_tokens
 
 __all__ = [
     "OPS",
+    "bias_gelu",
     "biased_attention",
     "bytes_moved",
     "flops",

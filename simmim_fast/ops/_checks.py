@@ -68,6 +68,12 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
         raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}; got {tuple(tensor.shape)}")
 
 
+def check_channels_last(name: str, tensor: Tensor) -> None:
+    """A tensor (..., C) with at least one channel."""
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., C) with C at least 1; got {tuple(tensor.shape)}")
+
+
 def check_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
     """All are on the device of the first."""
     for other_name, other in others.items():

@@ -2,6 +2,7 @@
 
 from simmim_fast.testing.guards import Guards, backend_keys
 from simmim_fast.testing.inputs import (
+    bias_gelu_inputs,
     biased_attention_inputs,
     differentiable,
     linear_masked_loss_inputs,
@@ -34,6 +35,7 @@ __all__ = [
     "assert_right",
     "assert_within_budget",
     "backend_keys",
+    "bias_gelu_inputs",
     "biased_attention_inputs",
     "differentiable",
     "linear_masked_loss_inputs",

@@ -40,6 +40,30 @@ def substitute_mask_tokens_inputs(
     }
 
 
+def bias_gelu_inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    bias_dtype: torch.dtype | None = None,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of `ops.bias_gelu` by name.
+
+    Args:
+        shape: (..., C) of x.
+        dtype: Of x.
+        bias_dtype: Of the bias; x's by default.
+        device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": random_tensor(shape, dtype, generator).to(device),
+        "bias": random_tensor(shape[-1:], bias_dtype or dtype, generator).to(device),
+    }
+
+
 def biased_attention_inputs(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype = torch.float32,
@@ -256,6 +280,7 @@ def linear_masked_loss_inputs(
 
 # Sizes beside the batch, as the factories above take them, that cost next to nothing.
 _SMALL: dict[str, Callable[..., dict[str, Any]]] = {
+    "bias_gelu": lambda batch, **options: bias_gelu_inputs((batch, 3, 4, 8), **options),
     "biased_attention": lambda batch, **options: biased_attention_inputs((batch, 7, 2, 16), **options),
     "linear_masked_loss": lambda batch, **options: linear_masked_loss_inputs((batch, 2, 3, 16, 4, 3), 4, **options),
     "masked_l1_loss": lambda batch, **options: masked_l1_loss_inputs((batch, 3, 8, 12), 4, **options),
