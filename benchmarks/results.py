@@ -1,0 +1,104 @@
+"""Results are data: one line of JSON a measurement, on the disk as soon as it is made, with what it was made under."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simmim_fast.info import collect
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_limit_w": "power.limit"}
+
+
+def write_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Append a measurement to a file of JSON lines, with the time and the conditions, and flush it to the disk.
+
+    Args:
+        path: The file; it and its folder are created where they are missing.
+        row: What was measured, and the arguments that it was measured with; JSON-serialisable.
+
+    Returns:
+        The row as it was written.
+
+    Raises:
+        ValueError: The row names "time" or "conditions" itself, or holds a number that JSON does not have.
+        TypeError: The row cannot be written as JSON.
+    """
+    if taken := {"time", "conditions"} & row.keys():
+        raise ValueError(f"row must leave {', '.join(sorted(taken))} to write_row, got {sorted(row)}")
+    whole = {**row, "time": datetime.now(UTC).isoformat(timespec="seconds"), "conditions": conditions()}
+    line = json.dumps(whole, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    return whole
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, in the order in which they were written; none where there is no file."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def conditions() -> dict[str, Any]:
+    """What a measurement was made under.
+
+    Returns:
+        "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA and the
+        driver; None where absent), "simd" of the compiled library, "threads", "commit" and "dirty" (whether tracked
+        files differ from it); the last two are None outside a git checkout.
+    """
+    return {**_fixed_conditions(), "clocks": _clocks(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _fixed_conditions() -> dict[str, Any]:
+    facts = collect()
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "cpu": _cpu(),
+        "gpus": facts["gpus"],
+        "versions": facts["versions"],
+        "simd": facts["native"]["simd"],
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else status != "",
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, as the operating system has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _clocks() -> list[dict[str, float]]:
+    """Clocks of the GPUs in MHz and their power limits in W; empty where there is none."""
+    if not torch.cuda.is_available():
+        return []
+    query = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS.values())}", "--format=csv,noheader,nounits"]
+    output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return [dict(zip(_CLOCKS, map(float, line.split(",")), strict=True)) for line in output.splitlines()]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
