@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import Case
 from simmim_fast import ops
-from simmim_fast.ops import bytes_moved, flops
+from simmim_fast.ops import OPS, bytes_moved, flops
+
+if TYPE_CHECKING:
+    from simmim_fast.testing.offline import Launch
 
 Call = tuple[OpOverloadPacket, tuple]
 
@@ -44,6 +48,21 @@ def cost(case: Case, batch: int, dtype: torch.dtype) -> tuple[tuple[int, int], t
     """(bytes, FLOPs) of the forward and of the backward, as the op registers them for CUDA."""
     forward, backward = operator_calls(case, batch, dtype)
     return tuple((sum(bytes_moved(operator, *args)), flops(operator, *args)) for operator, args in (forward, backward))
+
+
+def launches(operator: OpOverloadPacket, args: tuple) -> list[Launch]:
+    """The kernels that an operator's Triton launcher launches for these arguments, on the meta device; none is run."""
+    from simmim_fast.testing import offline
+
+    name = operator._qualified_op_name.removeprefix("simmim_fast::")
+    op = max((op for op in OPS if name.startswith(op)), key=len)
+    kernels = importlib.import_module(f"simmim_fast.ops.{op}.kernels")
+    return offline.launches(kernels.backward if name.endswith("_backward") else kernels.forward, *args)
+
+
+def meta(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of these sizes and strides, without data."""
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:

@@ -1,0 +1,60 @@
+"""The models that are measured whole: the released ones, and a small pair that a CPU trains in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simmim_fast import MaskGenerator, create_model
+from simmim_fast.models import SimMIM
+from simmim_fast.models.presets import PRESETS
+
+_PREFIX = "simmim_"
+MODELS: dict[str, dict[str, object]] = {
+    **{name.removeprefix(_PREFIX): values for name, values in PRESETS.items()},
+    "swin_micro_96": {
+        "encoder": "swin",
+        "img_size": 96,
+        "embed_dim": 32,
+        "depths": (2, 2, 2, 2),
+        "num_heads": (1, 2, 4, 8),
+        "window_size": 6,
+        "drop_path_rate": 0.0,
+    },
+    "vit_micro_96": {
+        "encoder": "vit",
+        "img_size": 96,
+        "embed_dim": 128,
+        "depth": 4,
+        "num_heads": 2,
+        "qkv_bias": True,
+        "use_abs_pos_emb": False,
+        "use_shared_rel_pos_bias": True,
+        "use_mean_pooling": False,
+    },
+}
+
+
+def model_name(text: str) -> str:
+    """The name in `MODELS` of a model that may be called by its preset's name."""
+    return text.removeprefix(_PREFIX)
+
+
+def build(name: str, **overrides: object) -> SimMIM:
+    """A model of `MODELS`, with some of its arguments replaced; see `create_model`."""
+    values = {**MODELS[name], **overrides}
+    return create_model(str(values.pop("encoder")), **values)
+
+
+def draw_inputs(model: SimMIM, batch: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random images (batch, channels, H, W), float32, and masks (batch, H / patch, W / patch) of SimMIM's cells."""
+    masks = MaskGenerator(model.img_size, 32, model.patch_size, 0.6, encoder_stride=model.encoder_stride)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, model.in_chans, *model.img_size, generator=generator)
+    return images.to(device), masks.batch(batch, generator=generator).to(device)
+
+
+def loss_of(model: SimMIM, images: Tensor, mask: Tensor, dtype: str) -> Tensor:
+    """The forward; for "bf16" under autocast of the images' device."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        return model(images, mask)
