@@ -59,10 +59,12 @@ def conditions() -> dict[str, Any]:
 
     Returns:
         "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA and the
-        driver; None where absent), "simd" of the compiled library, "threads", "commit" and "dirty" (whether tracked
-        files differ from it); the last two are None outside a git checkout.
+        driver; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran or waited for
+        a core over the last minute, this one included), "commit" and "dirty" (whether tracked files differ from it);
+        the last two are None outside a git checkout.
     """
-    return {**_fixed_conditions(), "clocks": _clocks(), "threads": torch.get_num_threads()}
+    now = {"clocks": _clocks(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
+    return {**_fixed_conditions(), **now}
 
 
 @functools.cache

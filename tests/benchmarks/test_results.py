@@ -20,7 +20,8 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_row_says_under_which_conditions_it_was_made(tmp_path: Path) -> None:
     row = write_row(tmp_path / "rows.jsonl", {"benchmark": "none"})
-    assert row["conditions"] == conditions()
+    assert row["conditions"].keys() == conditions().keys()
+    assert row["conditions"]["load"] >= 0
     assert row["conditions"]["versions"]["torch"] == torch.__version__
     assert row["conditions"]["threads"] == torch.get_num_threads()
     assert row["conditions"]["cpu"]
