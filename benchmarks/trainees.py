@@ -94,9 +94,9 @@ def _sdpa_in_windows(
     return torch.roll(out, (rows, columns), (1, 2)) if rows or columns else out
 
 
-def _sdpa_of_all_tokens(module: Attention, qkv: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None or module.scale is not None:
-        raise Absent("scaled_dot_product_attention is written here for a bias and the default scale")
+def _sdpa_of_all_tokens(module: Attention, qkv: Tensor, bias: Tensor | None, queries: Tensor | None) -> Tensor:
+    if bias is None or module.scale is not None or queries is not None:
+        raise Absent("scaled_dot_product_attention is written here for a bias, the default scale and all tokens")
     return sdpa(qkv, bias, module.num_heads)
 
 

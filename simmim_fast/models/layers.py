@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_choice, check_rate, check_types, mismatch
 from simmim_fast._backends import BACKENDS
-from simmim_fast.ops import masked_patch_embed, substitute_mask_tokens
+from simmim_fast.ops import bias_gelu, masked_patch_embed, substitute_mask_tokens
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -168,10 +169,14 @@ class Mlp(nn.Module):
         hidden_dim: Channels between.
         drop: Dropout rate after the second layer, and after the GELU where `drop_hidden`.
         drop_hidden: Whether the hidden layer is dropped too: Swin does, the official ViT does not.
+        backend: Of the bias and GELU between; the reference leaves the bias to the first layer.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, drop_hidden: bool = True) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, drop: float = 0.0, drop_hidden: bool = True, backend: str = "auto"
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
@@ -179,7 +184,10 @@ class Mlp(nn.Module):
         self.drop_hidden = drop_hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))
+        if self.backend == "reference":
+            x = self.act(self.fc1(x))
+        else:
+            x = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, backend=self.backend)
         if self.drop_hidden:
             x = self.drop(x)
         return self.drop(self.fc2(x))

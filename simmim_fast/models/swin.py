@@ -153,7 +153,7 @@ class SwinTransformerBlock(nn.Module):
         self.attn = self.attention_layer(dim, window, shift, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, backend=self.attn.backend)
         self.is_one_window = window[0] >= input_resolution[0] and window[1] >= input_resolution[1]
         padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
         self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
@@ -184,8 +184,9 @@ class PatchMerging(nn.Module):
 
 
 def gather_neighbours(x: Tensor) -> Tensor:
-    """(B, H, W, C) to (B, H/2, W/2, 4C): the four tokens of each 2 x 2 square, column by column."""
-    return torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
+    """(B, H, W, C) to (B, H/2, W/2, 4C): the four tokens of each 2 x 2 square, column by column, in one copy."""
+    squares = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+    return squares.permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 class BasicLayer(nn.Module):

@@ -158,7 +158,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, drop_hidden=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, drop_hidden=False, backend=self.attn.backend)
         self.gamma_1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma_2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
