@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,7 +34,7 @@ from simmim_fast.testing import (
 )
 from simmim_fast.testing import biased_attention_inputs as make_inputs
 from tests.ops import targets
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 # There is no CUDA C++ for this op.
 NATIVE, TRITON, TRITON_ON_GPU = (
@@ -129,8 +128,7 @@ def test_matches_float64_at_many_tokens(target: Target, dtype: torch.dtype, toke
 
 
 @on_every_backend
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 3),
     tokens=st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65]),
     heads=st.integers(1, 3),

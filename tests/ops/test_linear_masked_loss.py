@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,7 +33,7 @@ from simmim_fast.testing import (
 )
 from simmim_fast.testing import linear_masked_loss_inputs as make_inputs
 from tests.ops import targets
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
 WANTED = ("features", "weight", "bias")
@@ -113,8 +112,7 @@ def test_matches_float64_in_every_dtype(target: Target, dtypes: tuple, tokens: b
 
 
 @on_every_backend
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 3),
     height=st.integers(1, 2),
     width=st.integers(1, 4),

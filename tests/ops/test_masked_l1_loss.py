@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +30,7 @@ from simmim_fast.testing import (
     run,
 )
 from simmim_fast.testing import masked_l1_loss_inputs as make_inputs
-from tests.ops.targets import FUZZ, GPU_OPERATORS, OPERATORS, TARGETS, Target
+from tests.ops.targets import GPU_OPERATORS, OPERATORS, TARGETS, Target, fuzzed
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
 WANTED = ("prediction",)
@@ -92,8 +91,7 @@ def test_matches_float64(target: Target, shape: tuple, patch: int, dtypes: tuple
 
 
 @on_every_backend
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 3),
     channels=st.integers(1, 4),
     rows=st.integers(1, 4),

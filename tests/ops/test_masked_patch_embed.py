@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +30,7 @@ from simmim_fast.testing import (
 from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
 from tests.ops import targets
 from tests.ops.masked_patch_embed_operators import PARAMETERS, operator_arguments, operators
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 # There is no CUDA C++ for this op.
 OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
@@ -118,8 +117,7 @@ def test_matches_float64_over_many_chunks(target: Target, dtype: torch.dtype) ->
     check(target, make_inputs((4, 14, 14, 3, 16, 112), dtype, FP32, norm=False, device=target.device))
 
 
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 3),
     height=st.integers(1, 4),
     width=st.sampled_from([1, 3, 8, 17]),

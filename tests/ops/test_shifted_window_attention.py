@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +30,7 @@ from simmim_fast.testing import shifted_window_attention_inputs as make_inputs
 from tests.ops import targets
 from tests.ops.shifted_window_operators import operator_arguments, operators
 from tests.ops.shifted_window_oracle import roll_and_partition
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 # There is no CUDA C++ for this op.
 OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
@@ -127,8 +126,7 @@ def test_matches_float64_at_large_sizes(target: Target, case: dict, dtype: torch
     assert_matches(on(target), reference, inputs)
 
 
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 2),
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     window=st.tuples(st.sampled_from([2, 3, 5]), st.sampled_from([2, 4])),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,7 +33,7 @@ from simmim_fast.testing import (
 from simmim_fast.testing import shifted_window_attention_inputs as make_inputs
 from tests.ops import targets
 from tests.ops.shifted_window_operators import operator_arguments, operators
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 TARGETS = [param for param in targets.OPERATORS if param.id in ("cuda-on-host", "native-gpu")]
 ON_GPU = [param for param in TARGETS if param.id == "native-gpu"]
@@ -109,8 +108,7 @@ def test_matches_float64_where_blocks_take_several_windows(target: Target) -> No
     assert_matches(on(target), reference, inputs)
 
 
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 2),
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     window=st.tuples(st.sampled_from([2, 3, 5]), st.sampled_from([2, 4])),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,7 +30,7 @@ from simmim_fast.testing import (
     run,
 )
 from simmim_fast.testing import substitute_mask_tokens_inputs as make_inputs
-from tests.ops.targets import FUZZ, GPU_OPERATORS, OPERATORS, Target
+from tests.ops.targets import GPU_OPERATORS, OPERATORS, Target, fuzzed
 
 COPIES = ("out", "grad_x")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -81,8 +80,7 @@ def test_matches_float64(target: Target, shape: tuple, dtypes: tuple, pos_embed:
     assert_matches(on(target), reference, inputs, copies=COPIES)
 
 
-@FUZZ
-@given(
+@fuzzed(
     images=st.integers(0, 35),
     height=st.integers(1, 5),
     width=st.sampled_from([1, 3, 8, 17]),
