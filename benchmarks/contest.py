@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import BATCH, CASES, DTYPES, Case
 from benchmarks.contestants import Absent, Function, contestant, eager, names
@@ -84,10 +85,11 @@ def _prepared(name: str, case: Case, dtype: str, device: str) -> tuple[Function,
     sets = [case.inputs(BATCH[device], DTYPES[dtype], device, seed) for seed in range(ROTATION)]
     function = _contestant(case.op, name, device, DTYPES[dtype])
     with torch.no_grad():
-        distance = relative_error(function(**sets[0]), eager(case.op)(**sets[0]))
+        pairs = zip(tree_leaves(function(**sets[0])), tree_leaves(eager(case.op)(**sets[0])), strict=True)
+        distance = max(relative_error(*pair) for pair in pairs)
     assert distance <= AGREEMENT[DTYPES[dtype]], f"{name} is wrong by {distance:.2g} and is not timed"
     return function, sets
 
 
-def _train(function: Function, inputs: dict[str, Any], leaves: list[torch.Tensor], grad_out: torch.Tensor) -> None:
+def _train(function: Function, inputs: dict[str, Any], leaves: list[torch.Tensor], grad_out: Any) -> None:
     torch.autograd.grad(function(**inputs), leaves, grad_out)

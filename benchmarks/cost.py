@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from benchmarks.cases import Case
 from simmim_fast import ops
@@ -39,7 +40,7 @@ def operator_calls(case: Case, batch: int, dtype: torch.dtype) -> tuple[Call, Ca
         inputs = {name: _fake(value, mode) for name, value in real.items()}
         with _Recorder() as recorder:
             out = getattr(ops, case.op)(**inputs, backend="native")
-            torch.autograd.grad(out, case.leaves(inputs), torch.empty_like(out))
+            torch.autograd.grad(out, case.leaves(inputs), tree_map(torch.empty_like, out))
     forward, backward = recorder.calls
     return forward, backward
 

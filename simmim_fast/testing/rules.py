@@ -12,52 +12,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from simmim_fast.testing.guards import Guards
-from simmim_fast.testing.inputs import random_tensor
+from simmim_fast.testing.inputs import differentiable, random_tensor
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 FLOAT64_BUDGET = 1e-12
 NOTHING = 1e-12  # of the output's gradient
 
+Output = Tensor | tuple[Tensor, ...]
+
 
 def run(
-    function: Callable[..., Tensor],
+    function: Callable[..., Output],
     inputs: Mapping[str, Any],
-    grad_out: Tensor | None = None,
+    grad_out: Output | None = None,
     wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Call a function and, with the gradient of its output, differentiate it.
 
     Args:
-        function: Takes the inputs by name and returns one tensor.
+        function: Takes the inputs by name and returns one tensor or several.
         inputs: Arguments by name.
-        grad_out: Gradient of the output, or None for the output alone.
-        wanted: Inputs that get a gradient; by default every floating tensor.
+        grad_out: Gradient of the output, or one for each, or None for the output alone.
+        wanted: Inputs that get a gradient; by default all that may.
 
     Returns:
-        "out", and "grad_<name>" for each wanted input.
+        "out", or "out_0" and so on of several, and "grad_<name>" for each wanted input.
     """
     if wanted is None:
-        wanted = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        wanted = differentiable(inputs)
     if grad_out is None:
-        return {"out": function(**inputs).detach()}
+        return _named(function(**inputs))
     leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
     out = function(**{**inputs, **leaves})
     gradients = torch.autograd.grad(out, tuple(leaves.values()), grad_out)
-    return {"out": out.detach()} | {f"grad_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+    return _named(out) | {f"grad_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 
-def random_gradient(reference: Callable[..., Tensor], inputs: Mapping[str, Any], seed: int = 1) -> Tensor:
+def _named(out: Output) -> dict[str, Tensor]:
+    if isinstance(out, Tensor):
+        return {"out": out.detach()}
+    return {f"out_{index}": one.detach() for index, one in enumerate(out)}
+
+
+def random_gradient(reference: Callable[..., Output], inputs: Mapping[str, Any], seed: int = 1) -> Output:
     """A random gradient for the output that the reference has for these inputs, with its dtype and strides."""
-    out = reference(**inputs)
-    return torch.empty_like(out).copy_(random_tensor(out.shape, out.dtype, torch.Generator().manual_seed(seed)))
+    generator = torch.Generator().manual_seed(seed)
+    return tree_map(
+        lambda out: torch.empty_like(out).copy_(random_tensor(out.shape, out.dtype, generator)), reference(**inputs)
+    )
 
 
 def assert_matches(
-    function: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    function: Callable[..., Output],
+    reference: Callable[..., Output],
     inputs: Mapping[str, Any],
     *,
     copies: Collection[str] = (),
@@ -66,40 +77,41 @@ def assert_matches(
     """Output and gradients of a function are right, and it stays inside its buffers and writes all of them.
 
     Args:
-        function: What is tested; takes the inputs by name and returns one tensor.
+        function: What is tested; takes the inputs by name and returns one tensor or several.
         reference: The oracle, with the same arguments.
         inputs: Arguments by name.
-        copies: Results ("out", "grad_<name>") that must equal the reference's bit for bit.
-        wanted: Inputs that get a gradient; by default every floating tensor.
+        copies: Results, as `run` names them, that must equal the reference's bit for bit.
+        wanted: Inputs that get a gradient; by default all that may.
     """
     grad_out = random_gradient(reference, inputs)
     with Guards() as guards:
         guarded_inputs = {name: guards.place(value) for name, value in inputs.items()}
-        actual = run(function, guarded_inputs, guards.place(grad_out), wanted)
+        actual = run(function, guarded_inputs, tree_map(guards.place, grad_out), wanted)
     guards.check()
     assert_right(actual, reference, inputs, grad_out, copies=copies, wanted=wanted)
 
 
 def assert_right(
     actual: Mapping[str, Tensor],
-    reference: Callable[..., Tensor],
+    reference: Callable[..., Output],
     inputs: Mapping[str, Any],
-    grad_out: Tensor,
+    grad_out: Output,
     *,
     copies: Collection[str] = (),
     wanted: Collection[str] | None = None,
 ) -> None:
     """What `run` gave for these inputs and gradient is right by the two rules; arguments as in `assert_matches`."""
     plain = run(reference, inputs, grad_out, wanted)
-    exact = run(reference, {name: _to_float64(value) for name, value in inputs.items()}, grad_out.double(), wanted)
+    exact_inputs = {name: _to_float64(value) for name, value in inputs.items()}
+    exact = run(reference, exact_inputs, tree_map(_to_float64, grad_out), wanted)
+    scale = sum(grad.double().norm().item() for grad in tree_leaves(grad_out))
     for name in plain:
         if name in copies:
             assert_equal(actual[name], plain[name], name)
-        elif name == "out":
-            assert_within_budget(actual[name], plain[name], exact[name], OUTPUT_FACTOR, name)
-        else:
-            scale = grad_out.double().norm().item()
+        elif name.startswith("grad_"):
             assert_within_budget(actual[name], plain[name], exact[name], GRADIENT_FACTOR, name, scale)
+        else:
+            assert_within_budget(actual[name], plain[name], exact[name], OUTPUT_FACTOR, name)
 
 
 def assert_equal(actual: Tensor, expected: Tensor, name: str) -> None:
