@@ -94,6 +94,22 @@ def _biased_attention(model: str, tokens: int) -> Case:
     return Case("biased_attention", model, draw, ("qkv", "bias"))
 
 
+def _residual_layer_norm(model: str, tokens: tuple[int, ...], channels: int, norm: str = "output") -> Case:
+    def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+        return testing.residual_layer_norm_inputs(
+            (batch, *tokens, channels),
+            PARAMETERS,
+            dtype,
+            PARAMETERS,
+            gamma=False,
+            norm=norm,
+            device=device,
+            seed=seed,
+        )
+
+    return Case("residual_layer_norm", model, draw, ("x", "delta", "weight", "bias"))
+
+
 def _masked_l1_loss(masks: MaskGenerator) -> Case:
     def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
         shape, patch = (batch, 3, *masks.input_size), masks.model_patch_size
@@ -154,6 +170,10 @@ _ALL = (
     _shifted_window_attention("swin_base_192 stage 4", 6, 32, 6, 0),
     _shifted_window_attention("swin_base_224 stage 3 shifted", 14, 16, 7, 3),
     _shifted_window_attention("swinv2_base_192 stage 1 shifted", 48, 4, 12, 6, cosine=True),
+    _residual_layer_norm("swin_base_192 stage 1", (48, 48), 128),
+    _residual_layer_norm("swin_base_192 stage 3", (12, 12), 512),
+    _residual_layer_norm("swinv2_base_192 stage 1", (48, 48), 128, "delta"),
+    _residual_layer_norm("vit_base_224", (197,), 768),
     _masked_l1_loss(SWIN),
     _masked_l1_loss(VIT),
     *(_linear_masked_loss(SWIN, 1024, listed) for listed in (False, True)),

@@ -59,8 +59,27 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias.to(x.dtype))
 
 
+def added_and_normalised(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, keep: Tensor, norm: str
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A residual branch by the operators of a model under autocast, which normalises in float32."""
+
+    def normalised(value: Tensor) -> Tensor:
+        return F.layer_norm(value.to(weight.dtype), value.shape[-1:], weight, bias)
+
+    kept = keep.view(-1, *[1] * (x.ndim - 1))
+    if norm == "delta":
+        return x + normalised(delta) * kept
+    y = x + (delta if gamma is None else gamma * delta) * kept.to(delta.dtype)
+    return y, normalised(y).to(delta.dtype)
+
+
 # What takes the reference's place as "eager" and, compiled, as "compiled": what a model does without the op.
-_EAGER: dict[str, Function] = {"bias_gelu": biased_gelu, "masked_patch_embed": convolution}
+_EAGER: dict[str, Function] = {
+    "bias_gelu": biased_gelu,
+    "masked_patch_embed": convolution,
+    "residual_layer_norm": added_and_normalised,
+}
 _PEERS: dict[str, dict[str, Function]] = {
     "substitute_mask_tokens": {"blend": blend},
     "biased_attention": {"sdpa": sdpa},

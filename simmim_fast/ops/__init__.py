@@ -6,6 +6,7 @@ from simmim_fast.ops.biased_attention import biased_attention
 from simmim_fast.ops.linear_masked_loss import linear_masked_loss
 from simmim_fast.ops.masked_l1_loss import masked_l1_loss
 from simmim_fast.ops.masked_patch_embed import masked_patch_embed
+from simmim_fast.ops.residual_layer_norm import residual_layer_norm
 from simmim_fast.ops.shifted_window_attention import shifted_window_attention
 from simmim_fast.ops.substitute_mask_tokens import substitute_mask_tokens
 
@@ -19,6 +20,7 @@ __all__ = [
     "masked_l1_loss",
     "masked_patch_embed",
     "register_flop_formulas",
+    "residual_layer_norm",
     "shifted_window_attention",
     "substitute_mask_tokens",
 ]

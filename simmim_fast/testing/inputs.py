@@ -145,6 +145,50 @@ def shifted_window_attention_inputs(
     }
 
 
+def residual_layer_norm_inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    delta_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    *,
+    delta: bool = True,
+    gamma: bool = True,
+    keep: bool = True,
+    norm: str = "output",
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of `ops.residual_layer_norm` by name.
+
+    Args:
+        shape: (B, ..., C) of x.
+        dtype: Of x.
+        delta_dtype: Of delta; x's by default.
+        parameter_dtype: Of weight, bias, gamma and keep; x's by default.
+        delta: With a delta, or with None and neither gamma nor keep.
+        gamma: With layer scale, where `norm` is "output", or with None.
+        keep: With factors of the samples, about a third of them 0, or with None.
+        norm: What is normalised.
+        device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    delta_dtype, parameter_dtype = delta_dtype or dtype, parameter_dtype or dtype
+    channels = shape[-1:]
+    kept = (torch.rand(shape[0], generator=generator) < 0.7) / 0.7
+    return {
+        "x": random_tensor(shape, dtype, generator).to(device),
+        "delta": random_tensor(shape, delta_dtype, generator).to(device) if delta else None,
+        "weight": random_tensor(channels, parameter_dtype, generator).to(device),
+        "bias": random_tensor(channels, parameter_dtype, generator).to(device),
+        "gamma": random_tensor(channels, parameter_dtype, generator).to(device)
+        if gamma and delta and norm == "output"
+        else None,
+        "keep": kept.to(device, parameter_dtype) if keep and delta else None,
+        "norm": norm,
+    }
+
+
 def masked_patch_embed_inputs(
     shape: tuple[int, int, int, int, int, int],
     dtype: torch.dtype = torch.float32,
@@ -285,12 +329,13 @@ _SMALL: dict[str, Callable[..., dict[str, Any]]] = {
     "linear_masked_loss": lambda batch, **options: linear_masked_loss_inputs((batch, 2, 3, 16, 4, 3), 4, **options),
     "masked_l1_loss": lambda batch, **options: masked_l1_loss_inputs((batch, 3, 8, 12), 4, **options),
     "masked_patch_embed": lambda batch, **options: masked_patch_embed_inputs((batch, 3, 4, 3, 4, 8), **options),
+    "residual_layer_norm": lambda batch, **options: residual_layer_norm_inputs((batch, 3, 4, 8), **options),
     "shifted_window_attention": lambda batch, **options: shifted_window_attention_inputs(
         (batch, 4, 6, 2, 32), (2, 3), (1, 1), **options
     ),
     "substitute_mask_tokens": lambda batch, **options: substitute_mask_tokens_inputs((batch, 3, 4, 8), **options),
 }
-_NOT_DIFFERENTIABLE = ("image", "target", "mean", "std")
+_NOT_DIFFERENTIABLE = ("image", "target", "mean", "std", "keep")
 
 
 def small_inputs(op: str, batch: int, **options: Any) -> dict[str, Any]:
