@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -51,14 +52,25 @@ def cost(case: Case, batch: int, dtype: torch.dtype) -> tuple[tuple[int, int], t
     return tuple((sum(bytes_moved(operator, *args)), flops(operator, *args)) for operator, args in (forward, backward))
 
 
-def launches(operator: OpOverloadPacket, args: tuple) -> list[Launch]:
-    """The kernels that an operator's Triton launcher launches for these arguments, on the meta device; none is run."""
+def launches(operator: OpOverloadPacket, args: tuple, capability: int | None = None) -> list[Launch]:
+    """The kernels that an operator's Triton launcher launches for these arguments, on the meta device; none is run.
+
+    Args:
+        operator: One of this library's.
+        args: Its arguments, tensors on the meta device.
+        capability: Compute capability of the GPU, 90 for 9.0, for launchers that look at it (`kernels.capability_of`);
+            without it, what they take where there is no GPU.
+    """
     from simmim_fast.testing import offline
 
     name = operator._qualified_op_name.removeprefix("simmim_fast::")
     op = max((op for op in OPS if name.startswith(op)), key=len)
     kernels = importlib.import_module(f"simmim_fast.ops.{op}.kernels")
-    return offline.launches(kernels.backward if name.endswith("_backward") else kernels.forward, *args)
+    launcher = kernels.backward if name.endswith("_backward") else kernels.forward
+    if capability is None or not hasattr(kernels, "capability_of"):
+        return offline.launches(launcher, *args)
+    with mock.patch.object(kernels, "capability_of", return_value=capability):
+        return offline.launches(launcher, *args)
 
 
 def meta(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

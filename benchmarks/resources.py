@@ -78,7 +78,7 @@ def measure(compiler: Compiler, case: Case, dtype: str, batch: int) -> Iterator[
     """A row for the forward and one for the backward of a case."""
     calls = operator_calls(case, batch, DTYPES[dtype])
     for direction, (operator, args) in zip(DIRECTIONS, calls, strict=True):
-        made = launches(operator, tuple(_without_data(value) for value in args))
+        made = launches(operator, tuple(_without_data(value) for value in args), compiler.capability)
         yield {
             "benchmark": "resources",
             "capability": compiler.capability,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import resources
 from benchmarks.cases import CASES
+from benchmarks.cost import launches, operator_calls
+from benchmarks.occupancy import LIMITS
 from benchmarks.results import read_rows
 from simmim_fast._backends import TRITON_INTERPRETED
+from simmim_fast.ops.shifted_window_attention.kernels import CONFIGURATIONS
 
 OP = "substitute_mask_tokens"
 
@@ -43,3 +47,14 @@ def test_the_latest_row_of_a_case_counts() -> None:
     page = resources.render([{**row, "launches": []}, {**row, "launches": [launch]}])
     assert "## substitute_mask_tokens, compute capability 9.0" in page
     assert "| a case | bf16 | forward | some_kernel | 7 × 2 | 4 | 40 | 0 | 0 | 2.0 | 12 | registers | 75% |" in page
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="the interpreter's kernels are not launched")
+@pytest.mark.parametrize("capability", LIMITS)
+def test_launches_are_those_that_a_gpu_of_the_capability_gets(capability: int) -> None:
+    case = next(iter(CASES["shifted_window_attention"].values()))
+    _, (operator, args) = operator_calls(case, 2, torch.bfloat16)
+    args = tuple(resources._without_data(value) for value in args)
+    (launch,) = (one for one in launches(operator, args, capability) if "qkv_ptr" in one.arguments)
+    wanted = CONFIGURATIONS[capability, 2].backward
+    assert (launch.options["num_warps"], launch.options["num_stages"]) == (wanted.num_warps, wanted.num_stages)
