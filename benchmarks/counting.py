@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -136,10 +136,11 @@ def no_data() -> Iterator[None]:
         yield
 
 
-def hollow(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module that a function builds, on fake tensors of the CPU. Call and use it inside `no_data`."""
-    with unset_fake_temporarily(), torch.device("meta"):
-        module = build()
+def hollow(module: nn.Module) -> nn.Module:
+    """The module itself, its tensors replaced by fake ones of the CPU: to call and use inside `no_data`.
+
+    It is built outside: constructors read values.
+    """
     return module.to_empty(device="cpu")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -47,12 +48,9 @@ def counted(step: Callable[[], object]) -> dict[str, tuple[int, int, int]]:
 
 @pytest.mark.parametrize("fake", [pytest.param(True, id="without data"), pytest.param(False, id="with data")])
 def test_counts_a_forward_and_backward(fake: bool) -> None:
-    if fake:
-        with no_data():
-            model, x = hollow(Tiny), torch.empty(BATCH, WIDE)
-            traffic = count(lambda: model(x).backward(), kept=model.parameters())
-    else:
-        model, x = Tiny(), torch.randn(BATCH, WIDE)
+    model = Tiny()
+    with no_data() if fake else nullcontext():
+        model, x = hollow(model) if fake else model, torch.ones(BATCH, WIDE)
         traffic = count(lambda: model(x).backward(), kept=model.parameters())
     product, inputs, outputs, weight = 2 * BATCH * WIDE * NARROW, BATCH * WIDE, BATCH * NARROW, WIDE * NARROW
     assert of(traffic) == {

@@ -9,17 +9,19 @@ import pytest
 
 from benchmarks import traffic
 from benchmarks.counting import Call, Traffic
+from benchmarks.models import build
 from benchmarks.results import read_rows
 
 SMALL = ["--model", "swin_micro_96", "--batch", "3"]
 
 
 def test_prints_every_operator_and_appends_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "traffic.jsonl"
-    traffic.main([*SMALL, "--json", str(path)])
+    path, page = tmp_path / "traffic.jsonl", tmp_path / "traffic.md"
+    traffic.main([*SMALL, "--json", str(path), "--page", str(page)])
     printed = capsys.readouterr().out
     (row,) = read_rows(path)
-    assert row["arguments"] == {name: value for name, value in vars(traffic.parse(SMALL)).items() if name != "json"}
+    assert (row["arguments"]["model"], row["arguments"]["batch"]) == ("swin_micro_96", 3)
+    assert page.read_text("utf-8") == traffic.render([row])
     assert str(tmp_path) not in str(row)
     assert "lower bound, not a measurement" in printed
     for name, op in row["ops"].items():
@@ -30,7 +32,9 @@ def test_prints_every_operator_and_appends_a_row(tmp_path: Path, capsys: pytest.
 
 
 def test_the_fast_model_moves_less_than_the_reference() -> None:
-    fast, reference = (traffic.count_model("swin_micro_96", 2, "bf16", backend=b) for b in ("native", "reference"))
+    (fast,), (reference,) = (
+        traffic.count_model(build("swin_micro_96", backend=backend), [2], "bf16") for backend in ("native", "reference")
+    )
     assert any(call.op.startswith("simmim_fast.shifted_window_attention") for call in fast.calls)
     assert not any(call.op.startswith("simmim_fast.") for call in reference.calls)
     assert fast.nbytes < reference.nbytes
@@ -51,9 +55,23 @@ def test_parts_of_a_line() -> None:
     [
         pytest.param(["--model", "resnet"], "invalid choice: 'resnet'", id="model"),
         pytest.param(["--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
+        pytest.param(["--page", "page.md"], "--page needs --json", id="page without rows"),
     ],
 )
 def test_refuses(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         traffic.parse(arguments)
     assert error in capsys.readouterr().err
+
+
+def test_the_official_code_is_asked_for_by_a_checkout(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="official must be a checkout of microsoft/SimMIM"):
+        traffic.main([*SMALL, "--official", str(tmp_path)])
+    with pytest.raises(ValueError, match="encoder of microsoft/SimMIM"):
+        traffic.main(["--model", "swinv2_base_192", "--official", str(tmp_path)])
+
+
+def test_counts_do_not_depend_on_those_before() -> None:
+    alone = traffic.count_model(build("vit_micro_96"), [2], "bf16")
+    again = traffic.count_model(build("vit_micro_96"), [4, 2], "bf16")
+    assert alone == again[1:]
