@@ -58,3 +58,7 @@ def test_launches_are_those_that_a_gpu_of_the_capability_gets(capability: int) -
     (launch,) = (one for one in launches(operator, args, capability) if "qkv_ptr" in one.arguments)
     wanted = CONFIGURATIONS[capability, 2].backward
     assert (launch.options["num_warps"], launch.options["num_stages"]) == (wanted.num_warps, wanted.num_stages)
+
+
+def test_the_committed_page_is_made_of_the_committed_rows() -> None:
+    assert resources.PAGE.read_text("utf-8") == resources.render(read_rows(resources.ROWS))

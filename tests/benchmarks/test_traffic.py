@@ -10,7 +10,7 @@ import pytest
 from benchmarks import traffic
 from benchmarks.counting import Call, Traffic
 from benchmarks.models import build
-from benchmarks.results import read_rows
+from benchmarks.results import RESULTS, ROOT, read_rows
 
 SMALL = ["--model", "swin_micro_96", "--batch", "3"]
 
@@ -75,3 +75,8 @@ def test_counts_do_not_depend_on_those_before() -> None:
     alone = traffic.count_model(build("vit_micro_96"), [2], "bf16")
     again = traffic.count_model(build("vit_micro_96"), [4, 2], "bf16")
     assert alone == again[1:]
+
+
+def test_the_committed_page_is_made_of_the_committed_rows() -> None:
+    page = (ROOT / "docs" / "traffic.md").read_text("utf-8")
+    assert page == traffic.render(read_rows(RESULTS / "traffic.jsonl"))
