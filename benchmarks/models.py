@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def draw_inputs(model: SimMIM, batch: int, device: str = "cpu", seed: int = 0) -
     return images.to(device), masks.batch(batch, generator=generator).to(device)
 
 
-def loss_of(model: SimMIM, images: Tensor, mask: Tensor, dtype: str) -> Tensor:
+def loss_of(model: Callable[[Tensor, Tensor], Tensor], images: Tensor, mask: Tensor, dtype: str) -> Tensor:
     """The forward; for "bf16" under autocast of the images' device."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         return model(images, mask)

@@ -40,9 +40,6 @@ def build_official(path: str | os.PathLike[str], name: str, **overrides: object)
     values["num_classes"] = 0
     if encoder == "vit":
         values["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)  # models/vision_transformer.py, build_vit
-    for pair in ("depths", "num_heads"):
-        if isinstance(values.get(pair), tuple):
-            values[pair] = list(values[pair])
     model = module.SimMIM(getattr(module, class_name)(**values), stride)
     model.img_size = (values["img_size"], values["img_size"])
     return model

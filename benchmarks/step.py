@@ -221,8 +221,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(str(error))
         rows = list(results(entrants, batch))
         given = {"model": name, "dtype": dtype, "batch": batch, "device": options.device, "pairs": options.pairs}
+        given["contestants"] = options.contestants
         for row in rows:
-            write_row(options.results, {"benchmark": "step", **given, **row})
+            write_row(options.results, {"benchmark": "step", "arguments": given, **row})
         print(*absent, *table(rows), "", sep="\n", flush=True)
         del entrants
         gc.collect()

@@ -27,7 +27,7 @@ def run_step(results: Path, *contestants: str) -> None:
 def test_every_contestant_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_step(tmp_path / "rows.jsonl", "fast", "reference", "sdpa")
     rows, printed = read_rows(tmp_path / "rows.jsonl"), capsys.readouterr().out
-    assert [(row["model"], row["contestant"]) for row in rows] == [
+    assert [(row["arguments"]["model"], row["contestant"]) for row in rows] == [
         (model, contestant) for model in MICRO for contestant in ("fast", "reference", "sdpa")
     ]
     for row in rows:
