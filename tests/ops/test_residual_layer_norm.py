@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,7 +29,7 @@ from simmim_fast.testing import (
 from simmim_fast.testing import residual_layer_norm_inputs as make_inputs
 from tests.ops import targets
 from tests.ops.residual_layer_norm_operators import operator_arguments, operators
-from tests.ops.targets import FUZZ, Target
+from tests.ops.targets import Target, fuzzed
 
 # There is no CUDA C++ for this op.
 OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
@@ -102,8 +101,7 @@ def test_matches_float64_at_shapes(target: Target, shape: tuple, dtypes: tuple, 
     assert_matches(on(target), reference, make_inputs(shape, *dtypes, **form, device=target.device))
 
 
-@FUZZ
-@given(
+@fuzzed(
     samples=st.sampled_from([0, 1, 2, 5]),
     tokens=st.sampled_from([1, 2, 15, 17, 33]),
     channels=st.sampled_from([2, 7, 8, 15, 16, 17, 127, 128, 129, 257]),
