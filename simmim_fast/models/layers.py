@@ -6,6 +6,7 @@ Shapes: B batch, H and W the token grid (or the image, where said), C channels, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_choice, check_rate, check_types, mismatch
 from simmim_fast._backends import BACKENDS
-from simmim_fast.ops import bias_gelu, masked_patch_embed, substitute_mask_tokens
+from simmim_fast.ops import bias_gelu, masked_patch_embed, residual_layer_norm, substitute_mask_tokens
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -216,6 +217,41 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
+
+
+class Stream(NamedTuple):
+    """The residual stream with a branch that is still to be added, so that the next norm does both in one pass.
+
+    Attributes:
+        x: (B, ..., C), the stream before.
+        branch: (B, ..., C), or None where there is none.
+        gamma: (C), layer scale of the branch, or None.
+        keep: (B), 0 or 1 / (1 - rate) from stochastic depth, or None.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gamma: Tensor | None = None
+    keep: Tensor | None = None
+
+    def add(self) -> Tensor:
+        """The stream with its branch."""
+        if self.branch is None:
+            return self.x
+        branch = self.branch if self.gamma is None else self.gamma * self.branch
+        if self.keep is not None:
+            branch = branch * self.keep.view(-1, *[1] * (branch.dim() - 1))
+        return self.x + branch
+
+    def normalise(self, norm: nn.LayerNorm, backend: str) -> tuple[Tensor, Tensor]:
+        """The stream with its branch, and its LayerNorm."""
+        parameters = (norm.weight, norm.bias, norm.eps)
+        return residual_layer_norm(self.x, self.branch, *parameters, gamma=self.gamma, keep=self.keep, backend=backend)
+
+
+def is_fused(backend: str, *norms: nn.Module) -> bool:
+    """Whether blocks hand on a `Stream`: all but the reference do, where the norms are LayerNorms with parameters."""
+    return backend != "reference" and all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

@@ -20,9 +20,11 @@ from simmim_fast.models.layers import (
     Mlp,
     NormLayer,
     PatchEmbed,
+    Stream,
     check_encoder_arguments,
     check_image_size,
     init_linear_and_norm,
+    is_fused,
     select_tokens,
     stochastic_depth_rates,
 )
@@ -130,6 +132,7 @@ class SwinTransformerBlock(nn.Module):
     """
 
     attention_layer: type[nn.Module] = WindowAttention
+    takes_streams = True
 
     def __init__(
         self,
@@ -158,12 +161,23 @@ class SwinTransformerBlock(nn.Module):
         padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
         self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C)."""
-        queries = tokens if self.is_one_window else None
-        branch = self.attn(self.norm1(x), self.attn_mask, queries)
-        x = select_tokens(x, tokens) + self.drop_path(branch if queries is not None else select_tokens(branch, tokens))
+    def forward(self, x: Tensor | Stream, tokens: Tensor | None = None) -> Tensor | Stream:
+        """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
+        if isinstance(x, Stream):
+            x, normed = x.normalise(self.norm1, self.attn.backend)
+            branch = self._attend(normed, tokens)
+            stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
+            x, normed = stream.normalise(self.norm2, self.attn.backend)
+            branch = self.mlp(normed)
+            return Stream(x, branch, keep=self.drop_path.keep(branch))
+        x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Attention on x (B, H, W, C), of the listed tokens alone where there is a list."""
+        if tokens is None or self.is_one_window:
+            return self.attn(x, self.attn_mask, tokens)
+        return select_tokens(self.attn(x, self.attn_mask), tokens)
 
 
 class PatchMerging(nn.Module):
@@ -204,15 +218,20 @@ class BasicLayer(nn.Module):
         self.downsample = downsample
         self.use_checkpoint = use_checkpoint
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C) through the stage; the last may be asked for the listed tokens (B, K) alone: (B, K, C)."""
+    def forward(self, x: Tensor | Stream, tokens: Tensor | None = None) -> Tensor | Stream:
+        """x (B, H, W, C) through the stage; the last may be asked for the listed tokens (B, K) alone: (B, K, C).
+
+        Blocks get what this gets, a tensor or a stream; a merging gives a tensor.
+        """
         for block in self.blocks:
             wanted = tokens if block is self.blocks[-1] else None
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
                 x = block(x, wanted)
-        return x if self.downsample is None else self.downsample(x)
+        if self.downsample is None:
+            return x
+        return self.downsample(x.add() if isinstance(x, Stream) else x)
 
 
 class SwinTransformer(nn.Module):
@@ -296,6 +315,7 @@ class SwinTransformer(nn.Module):
             block["qk_scale"] = qk_scale
         self.layers = self._build_stages(depths, num_heads, drop_path_rate, use_checkpoint, block)
         self.norm = norm_layer(self.num_features)
+        self.hands_on_streams = self.block_layer.takes_streams and is_fused(backend, self.norm)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_linear_and_norm)
 
@@ -344,8 +364,8 @@ class SwinTransformer(nn.Module):
         """
         x = self.pos_drop(x)
         for stage in self.layers:
-            x = stage(x, tokens if stage is self.layers[-1] else None)
-        return self.norm(x)
+            x = stage(Stream(x) if self.hands_on_streams else x, tokens if stage is self.layers[-1] else None)
+        return x.normalise(self.norm, self.backend)[1] if isinstance(x, Stream) else self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the mean of the last stage's tokens: (B, num_features)."""

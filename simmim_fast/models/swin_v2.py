@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import NormLayer, select_tokens
+from simmim_fast.models.layers import NormLayer, is_fused, select_tokens
 from simmim_fast.models.swin import (
     AttentionInWindows,
     MaskedSwin,
@@ -24,6 +24,7 @@ from simmim_fast.models.swin import (
     SwinTransformerBlock,
     gather_neighbours,
 )
+from simmim_fast.ops import residual_layer_norm
 from simmim_fast.ops.shifted_window_attention.reference import relative_position_index
 
 POSITION_MLP_DIM = 512
@@ -99,12 +100,18 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
     attention_layer = WindowAttention
 
+    takes_streams = False  # the norm is of the branch, so it adds it, too
+
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        queries = tokens if self.is_one_window else None
-        branch = self.attn(x, self.attn_mask, queries)
-        branch = self.norm1(branch if queries is not None else select_tokens(branch, tokens))
-        x = select_tokens(x, tokens) + self.drop_path(branch)
-        return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = self._add(select_tokens(x, tokens), self._attend(x, tokens), self.norm1)
+        return self._add(x, self.mlp(x), self.norm2)
+
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        """x + LN(branch), all (B, ..., C), with stochastic depth."""
+        if not is_fused(self.attn.backend, norm):
+            return x + self.drop_path(norm(branch))
+        form = {"keep": self.drop_path.keep(branch), "norm": "delta", "backend": self.attn.backend}
+        return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **form)
 
 
 class PatchMergingV2(nn.Module):

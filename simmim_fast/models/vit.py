@@ -19,8 +19,10 @@ from simmim_fast.models.layers import (
     Mlp,
     NormLayer,
     PatchEmbed,
+    Stream,
     check_encoder_arguments,
     check_image_size,
+    is_fused,
     select_tokens,
     stochastic_depth_rates,
 )
@@ -162,8 +164,15 @@ class Block(nn.Module):
         self.gamma_1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma_2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor:
-        """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C)."""
+    def forward(self, x: Tensor | Stream, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor | Stream:
+        """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
+        if isinstance(x, Stream):
+            x, normed = x.normalise(self.norm1, self.attn.backend)
+            branch = self.attn(normed, shared_bias, tokens)
+            stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
+            x, normed = stream.normalise(self.norm2, self.attn.backend)
+            branch = self.mlp(normed)
+            return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
         branch = self.attn(self.norm1(x), shared_bias, tokens)
         x = select_tokens(x, tokens) + self.drop_path(_scale(branch, self.gamma_1))
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
@@ -251,6 +260,7 @@ class VisionTransformer(nn.Module):
         rates = stochastic_depth_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **block) for rate in rates)
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
+        self.hands_on_streams = all(is_fused(backend, block.norm1, block.norm2) for block in self.blocks)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.reset_parameters(init_scale)
@@ -296,9 +306,12 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         x = self.pos_drop(x)
         shared_bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
+        x = Stream(x) if self.hands_on_streams else x
         for block in self.blocks:
             x = block(x, shared_bias, tokens if block is self.blocks[-1] else None)
-        return self.norm(x)
+        if not isinstance(x, Stream):
+            return self.norm(x)
+        return x.normalise(self.norm, self.backend)[1] if isinstance(self.norm, nn.LayerNorm) else self.norm(x.add())
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to what the head reads: (B, C)."""
