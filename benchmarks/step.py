@@ -198,7 +198,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="default: a small pair on the CPU, else Swin-B, ViT-B",
     )
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="bf16 is autocast (default: bf16)")
-    add("--batch", nargs="+", type=int, help=f"images in a step (default: {BATCH['cpu']} on the CPU, {BATCH['cuda']})")
+    add(
+        "--batch",
+        nargs="+",
+        type=int,
+        help=f"images in a step (default: {BATCH['cpu']} on the CPU, {BATCH['cuda']} on a GPU)",
+    )
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(DEFAULT_CONTESTANTS), help="default: %(default)s")
     add("--pairs", type=int, default=10, help="timed steps of each contestant (default: %(default)s)")
     add("--results", type=Path, default=RESULTS / "step.jsonl", metavar="FILE", help="rows are appended here")
