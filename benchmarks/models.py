@@ -43,17 +43,23 @@ def model_name(text: str) -> str:
 
 
 def build(name: str, **overrides: object) -> SimMIM:
-    """A model of `MODELS`, with some of its arguments replaced; see `create_model`."""
+    """A model of `MODELS`, with some of its arguments replaced (see `create_model`); it knows what its masks hide."""
     values = {**MODELS[name], **overrides}
-    return create_model(str(values.pop("encoder")), **values)
+    model = create_model(str(values.pop("encoder")), **values)
+    model.counts = masks_for(model).counts
+    return model
+
+
+def masks_for(model: SimMIM) -> MaskGenerator:
+    """SimMIM's cells of 32 pixels, six in ten hidden."""
+    return MaskGenerator(model.img_size, 32, model.patch_size, 0.6, encoder_stride=model.encoder_stride)
 
 
 def draw_inputs(model: SimMIM, batch: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random images (batch, channels, H, W), float32, and masks (batch, H / patch, W / patch) of SimMIM's cells."""
-    masks = MaskGenerator(model.img_size, 32, model.patch_size, 0.6, encoder_stride=model.encoder_stride)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, model.in_chans, *model.img_size, generator=generator)
-    return images.to(device), masks.batch(batch, generator=generator).to(device)
+    return images.to(device), masks_for(model).batch(batch, generator=generator).to(device)
 
 
 def loss_of(model: Callable[[Tensor, Tensor], Tensor], images: Tensor, mask: Tensor, dtype: str) -> Tensor:
