@@ -1,5 +1,6 @@
 """SimMIM pre-training with fused kernels behind a drop-in PyTorch model."""
 
+from simmim_fast.interop.acceleration import accelerate
 from simmim_fast.masking import MaskGenerator
 from simmim_fast.models import (
     PRESETS,
@@ -21,6 +22,7 @@ __all__ = [
     "SwinTransformerForSimMIM",
     "SwinTransformerV2ForSimMIM",
     "VisionTransformerForSimMIM",
+    "accelerate",
     "build_model",
     "build_simmim",
     "create_model",
