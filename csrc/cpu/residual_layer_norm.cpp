@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/sum_partials.h"
@@ -95,8 +96,9 @@ struct Parameters {
   }
 };
 
-void check_like(const MaybeTensor& tensor, const char* name, const Tensor& other) {
-  if (tensor) check(tensor->sizes().equals(other.sizes()), name, ": expected shape ", shape_text(other.sizes()));
+void check_like(const Tensor& other, std::initializer_list<std::pair<const char*, MaybeTensor>> tensors) {
+  for (const auto& [name, tensor] : tensors)
+    if (tensor) check(tensor->sizes().equals(other.sizes()), name, ": expected shape ", shape_text(other.sizes()));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const MaybeTensor& delta, const Tensor& weight,
@@ -107,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const Ma
   const ScalarType sums = sum_dtype(dtype);
   const ScalarType branch = branch_dtype(dtype, {dtype_of(delta), norms_delta ? MaybeDtype() : norm_dtype});
   const Parameters parameters(x, weight, gamma, keep, sums);
-  check_like(delta, "delta", x);
+  check_like(x, {{"delta", delta}});
   check(delta || !norms_delta, "delta: expected where it is normalised");
   check_shape(bias, "bias", {parameters.channels});
   const Tensor from = dense(x, dtype), offset = dense(bias, sums);
@@ -176,9 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const ScalarType normed_dtype = (norms_delta ? source : grad_normed).scalar_type();
   const ScalarType branch = branch_dtype(dtype, {normed_dtype, dtype_of(delta), delta_dtype});
   const Parameters parameters(source, weight, gamma, keep, sums);
-  check_like(grad_normed, "grad_normed", source);
-  check_like(grad_stream, "grad_stream", source);
-  check_like(delta, "delta", source);
+  check_like(source, {{"grad_normed", grad_normed}, {"grad_stream", grad_stream}, {"delta", delta}});
   check(delta || !gamma_dtype, "delta: expected for the gradient of gamma");
   check(mean.numel() == parameters.rows && rstd.numel() == parameters.rows, "mean and rstd: expected one for each row");
   const Tensor grad = dense(grad_normed, norms_delta ? dtype : branch),
