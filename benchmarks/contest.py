@@ -18,6 +18,7 @@ from benchmarks.cases import BATCH, CASES, DTYPES, Case
 from benchmarks.contestants import Absent, Function, contestant, eager, names
 from benchmarks.cost import cost
 from benchmarks.measure import ROTATION, devices, time_call
+from simmim_fast._backends import BackendError
 from simmim_fast.testing import differentiable, random_gradient, relative_error, small_inputs
 
 # Largest relative L2 distance of a contestant's output from the eager one's.
@@ -85,7 +86,11 @@ def _prepared(name: str, case: Case, dtype: str, device: str) -> tuple[Function,
     sets = [case.inputs(BATCH[device], DTYPES[dtype], device, seed) for seed in range(ROTATION)]
     function = _contestant(case.op, name, device, DTYPES[dtype])
     with torch.no_grad():
-        pairs = zip(tree_leaves(function(**sets[0])), tree_leaves(eager(case.op)(**sets[0])), strict=True)
+        try:
+            own = tree_leaves(function(**sets[0]))
+        except BackendError as error:  # of this size
+            pytest.skip(f"{name} is off on {device}: {error}")
+        pairs = zip(own, tree_leaves(eager(case.op)(**sets[0])), strict=True)
         distance = max(relative_error(*pair) for pair in pairs)
     assert distance <= AGREEMENT[DTYPES[dtype]], f"{name} is wrong by {distance:.2g} and is not timed"
     return function, sets

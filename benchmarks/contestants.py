@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simmim_fast import ops
-from simmim_fast._backends import BACKENDS, choose
+from simmim_fast._backends import BACKENDS, BackendError, choose
 from simmim_fast.ops import OPS
 
 Function = Callable[..., Tensor]
@@ -114,6 +114,6 @@ def contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
         return _PEERS[op][name]
     try:
         choose(OPS[op], name, torch.device(device), dtype)
-    except RuntimeError as error:
+    except BackendError as error:
         raise Absent(str(error)) from error
     return partial(getattr(ops, op), backend=name)

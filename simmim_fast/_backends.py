@@ -31,6 +31,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run a call."""
+
+
 @dataclass(frozen=True)
 class Op:
     """An op.
@@ -146,7 +150,7 @@ def choose(
 
     Raises:
         ValueError: `backend`, or SIMMIM_FAST_BACKEND behind "auto", is no backend's name.
-        RuntimeError: The backend asked for by name cannot run; the message says why.
+        BackendError: The backend asked for by name cannot run; the message says why.
     """
 
     def reason(name: str) -> str | None:
@@ -160,7 +164,7 @@ def choose(
     if not isinstance(wish, str) or wish not in BACKENDS:
         raise ValueError(_unknown_backend(source, wish))
     if (refused := reason(wish)) is not None:
-        raise RuntimeError(f"{op.name}: {source}={wish!r} cannot run here: {refused}")
+        raise BackendError(f"{op.name}: {source}={wish!r} cannot run here: {refused}")
     return wish
 
 

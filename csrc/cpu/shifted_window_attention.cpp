@@ -139,10 +139,14 @@ class Prepared {
   void fill_slots(const Inputs& in) {
     const int32_t* tokens = in.queries->template const_data_ptr<int32_t>();
     slots_.resize(in.queries->numel());
+    std::vector<bool> named(in.grid.tokens());
     for (size_t i = 0; i < slots_.size(); ++i) {
+      if (i % in.chosen() == 0) named.assign(named.size(), false);  // the next image
       check(tokens[i] >= 0 && tokens[i] < in.grid.height * in.grid.width, "queries: expected tokens from 0 to ",
             in.grid.height * in.grid.width - 1, ", got ", tokens[i]);
       slots_[i] = in.grid.slot(tokens[i]);
+      check(!named[slots_[i]], "queries: expected distinct tokens, got ", tokens[i], " twice in an image");
+      named[slots_[i]] = true;
     }
   }
 

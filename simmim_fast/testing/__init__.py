@@ -16,6 +16,7 @@ from simmim_fast.testing.inputs import (
     substitute_mask_tokens_inputs,
 )
 from simmim_fast.testing.rules import (
+    BudgetError,
     assert_equal,
     assert_ignores_threads,
     assert_matches,
@@ -28,6 +29,7 @@ from simmim_fast.testing.rules import (
 )
 
 __all__ = [
+    "BudgetError",
     "Guards",
     "assert_equal",
     "assert_ignores_threads",

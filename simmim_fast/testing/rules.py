@@ -25,6 +25,10 @@ NOTHING = 1e-12  # of the output's gradient
 Output = Tensor | tuple[Tensor, ...]
 
 
+class BudgetError(AssertionError):
+    """A result errs more than its budget."""
+
+
 def run(
     function: Callable[..., Output],
     inputs: Mapping[str, Any],
@@ -137,7 +141,8 @@ def assert_within_budget(
     else:
         budget = factor * relative_error(reference, exact, scale) + 4 * torch.finfo(actual.dtype).eps
     error = relative_error(actual, exact, scale)
-    assert error <= budget, f"{name}: relative L2 error {error:.3g}, budget {budget:.3g}"
+    if not error <= budget:
+        raise BudgetError(f"{name}: relative L2 error {error:.3g}, budget {budget:.3g}")
 
 
 def relative_error(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:

@@ -32,7 +32,7 @@ from tests.ops.shifted_window_operators import operator_arguments, operators
 from tests.ops.shifted_window_oracle import roll_and_partition
 from tests.ops.targets import Target, fuzzed
 
-# There is no CUDA C++ for this op.
+# The CUDA C++ takes fewer sizes and has its tests in test_shifted_window_attention_cuda.py.
 OPERATORS = [param for param in targets.OPERATORS if param.id in ("native", "triton-interpreted", "triton-gpu")]
 TARGETS = [param for param in targets.TARGETS if param.id == "reference" or param in OPERATORS]
 ON_CPU = [param for param in TARGETS if param.id in ("reference", "native")]
@@ -478,3 +478,11 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
 def test_refuses_queries(queries: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         shifted_window_attention(**make_inputs(**SUBSET) | {"queries": queries})
+
+
+def test_native_refuses_a_token_that_is_named_twice() -> None:
+    inputs = make_inputs((2, 2, 3, 1, 5), (2, 3), queries=3)
+    shifted_window_attention(**inputs, backend="native")
+    inputs["queries"][1, 2] = inputs["queries"][1, 0]
+    with pytest.raises(RuntimeError, match=r"queries: expected distinct tokens, got \d twice in an image"):
+        shifted_window_attention(**inputs, backend="native")

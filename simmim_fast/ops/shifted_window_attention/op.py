@@ -20,6 +20,7 @@ from simmim_fast.ops.shifted_window_attention import reference
 WHOLE_TOKENS = 64
 MAX_TOKENS = 256
 MAX_HEAD_SIZE = 128
+MAX_BLOCKED_HEAD_SIZE = 64  # in windows that are not whole tiles: the backward keeps their queries in shared memory
 CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
 QUERY_BLOCK = 64
 KEY_BLOCK = 32
@@ -142,10 +143,12 @@ def size_refusal(backend: str, *, device_type: str, tokens: int, head_size: int,
 
 def triton_refusal(tokens: int, head_size: int) -> str | None:
     """`size_refusal` of Triton, which is the same on every device."""
-    if tokens <= MAX_TOKENS and head_size <= MAX_HEAD_SIZE:
-        return None
-    limits = f"windows of at most {MAX_TOKENS} tokens and heads of at most {MAX_HEAD_SIZE} channels"
-    return f"it takes {limits}; got {tokens} and {head_size}"
+    largest_head = MAX_HEAD_SIZE if tokens <= WHOLE_TOKENS else MAX_BLOCKED_HEAD_SIZE
+    if tokens > MAX_TOKENS:
+        return f"it takes windows of at most {MAX_TOKENS} tokens; got {tokens}"
+    if head_size > largest_head:
+        return f"it takes heads of at most {largest_head} channels in windows of {tokens} tokens; got {head_size}"
+    return None
 
 
 def _reference(
