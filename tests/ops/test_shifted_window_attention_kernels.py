@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -127,22 +128,30 @@ IN_MAKE_TEST = {
     ((12, 12), 32, BF16, PLAIN, 100),
     ((12, 12), 32, BF16, GENERAL, 80),
 }
-SPILLING = ((6, 6), 32, FP32, GENERAL, 80)  # three words: README.md
+# Spill three words and one: README.md. A configuration that mends it, or the compiler, makes these tests fail.
+SPILLING = {((window, window), 32, FP32, GENERAL, 80) for window in (6, 7)}
 
 
 def compiled_cases() -> list[Any]:
     cases = [((7, 7), 8, BF16, PLAIN, capability) for capability in offline.CAPABILITIES]
     cases += product(((6, 6), (12, 12)), (32,), (BF16, FP32), (PLAIN, GENERAL), offline.CAPABILITIES)
     cases += product(((7, 7),), (32,), (BF16, FP32), (PLAIN,), offline.CAPABILITIES)
+    cases.append(((7, 7), 32, FP32, GENERAL, 80))
     return [
         pytest.param(
             *case,
             id=f"window{case[0][0]}-head{case[1]}-{str(case[2]).removeprefix('torch.')}-{case[3]}-{case[4]}",
-            marks=[] if case in IN_MAKE_TEST else pytest.mark.slow,
+            marks=[*marks_of(case)],
         )
         for case in cases
-        if case != SPILLING
     ]
+
+
+def marks_of(case: tuple) -> Iterator[pytest.MarkDecorator]:
+    if case not in IN_MAKE_TEST:
+        yield pytest.mark.slow
+    if case in SPILLING:
+        yield pytest.mark.xfail(strict=True, raises=AssertionError, reason="registers are spilled")
 
 
 @pytest.mark.parametrize(("window", "head_size", "dtype", "variant", "capability"), compiled_cases())
