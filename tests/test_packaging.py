@@ -171,7 +171,8 @@ def test_an_isolated_install_without_nvcc_compiles_the_cpu_part(tree, tmp_path):
     """pip hides the installed packages from the build, and torch is no build requirement, yet it is found."""
     result = run(tree, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), ".", PATH=path_without_nvcc())
     assert result.returncode == 0, result.stderr
-    assert "built without CUDA kernels: no nvcc in CUDA_HOME or on PATH" in result.stdout
+    printed = result.stdout + result.stderr  # pip's versions differ in where they put what a build prints
+    assert "built without CUDA kernels: no nvcc in CUDA_HOME or on PATH" in printed
     (wheel,) = tmp_path.glob("*.whl")
     assert "none-any" not in wheel.name
     with zipfile.ZipFile(wheel) as archive:
