@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from benchmarks import ops
-from benchmarks.results import read_rows
+from benchmarks.results import RESULTS, ROOT, read_rows
 
 CALL = ["--op", "masked_l1_loss", "--case", "vit", "--dtype", "fp32", "--device", "cpu", "--rounds", "3"]
 
 
 def test_every_contestant_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "rows.jsonl"
-    assert ops.main([*CALL, "--contestants", "eager", "native", "--json", str(path)]) == 0
+    path, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    assert ops.main([*CALL, "--contestants", "eager", "native", "--json", str(path), "--page", str(page)]) == 0
+    assert page.read_text("utf-8") == ops.render(read_rows(path))
     eager, native = read_rows(path)
     assert [row["contestant"] for row in (eager, native)] == ["eager", "native"]
     assert eager["times_faster_than"]["native"] * native["times_faster_than"]["eager"] == pytest.approx(1, rel=0.01)
@@ -38,3 +39,7 @@ def test_nothing_is_timed_where_one_is_wrong(
     assert ops.main([*CALL, "--contestants", "native", "--json", str(path)]) == 1
     assert "native is wrong by" in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_the_committed_page_is_made_of_the_committed_rows() -> None:
+    assert (ROOT / "docs" / "ops.md").read_text("utf-8") == ops.render(read_rows(RESULTS / "ops.jsonl"))
