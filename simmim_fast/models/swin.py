@@ -302,9 +302,8 @@ class SwinTransformer(nn.Module):
         self.backend = backend
         window = size_pair("window_size", window_size)
         check_image_size(self.img_size, self.stride)
-        self.patch_embed = PatchEmbed(
-            self.img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None
-        )
+        patch_norm_layer = norm_layer if patch_norm else None
+        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, patch_norm_layer)
         _check_window(window, self.patch_embed.grid)
         self.absolute_pos_embed = self._new_position_embedding() if ape else None
         self.pos_drop = nn.Dropout(drop_rate)

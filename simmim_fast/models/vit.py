@@ -241,8 +241,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.img_size = size_pair("img_size", img_size)
         self.patch_size = self.stride = patch_size
-        self.in_chans = in_chans
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.embed_dim = embed_dim
         self.backend = backend
         check_image_size(self.img_size, patch_size)

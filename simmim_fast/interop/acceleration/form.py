@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(ABC):
     """Base of the forms. All methods take the module, of its own class or accelerated already.
 
     Attributes:
@@ -25,13 +26,13 @@ class Form:
     method: ClassVar[str] = "forward"
     contains_others: ClassVar[bool] = False
 
+    @abstractmethod
     def fits(self, module: nn.Module) -> bool:
         """Whether the module has the attributes of this form. What it computes is compared, not assumed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, module: nn.Module, *arguments: Any, **named: Any) -> Any:
         """What `method` returns, by the fused ops."""
-        raise NotImplementedError
 
     def takes(self, module: nn.Module, *arguments: Any, **named: Any) -> bool:
         """Whether `compute` answers such a call; the module's own method answers the others."""
@@ -62,9 +63,9 @@ class Form:
         rate = self.dropout(module)
         return f"in training it runs its own forward: its attention has dropout of {rate:g}" if rate > 0 else None
 
+    @abstractmethod
     def probe(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         """Small arguments by which the two methods are compared: float64, on the CPU."""
-        raise NotImplementedError
 
     def stand_ins(self, module: nn.Module) -> dict[nn.Module, nn.Module]:
         """Children that a comparison does without, and what takes their place there."""

@@ -6,6 +6,7 @@ to the op as the padded grid that the op's roll turns into timm's.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -58,9 +59,9 @@ class WindowBlock(Form):
             x = _roll(block, _roll(block, x, -1)[:, :height, :width], 1)
         return block.attn.proj_drop(block.attn.proj(x))
 
+    @abstractmethod
     def attend(self, block: nn.Module, x: Tensor) -> Tensor:
         """x (B, H, W, C) to the heads' outputs (B, H, W, C), the grid being whole windows."""
-        raise NotImplementedError
 
 
 class SwinBlock(WindowBlock):
