@@ -50,6 +50,18 @@ def biased_attention(
         Logits, softmax and all sums are in float32 (float64 for float64); products take qkv's dtype. The gradient of
         the bias adds up over the batch in a fixed order, so that it repeats bit for bit.
     """
+    _check_attention(qkv, bias, num_heads)
+    if queries is not None:
+        queries = check_indices("queries", queries, qkv.shape[0], qkv.shape[1], "N")
+    check_device("qkv", qkv, bias=bias, queries=queries)
+    head_size = qkv.shape[2] // (3 * num_heads)
+    scale = head_size**-0.5 if scale is None else float(scale)
+    backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, head_size=head_size))
+    out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
+    return out
+
+
+def _check_attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> None:
     check_float(qkv=qkv)
     check_optional_float(bias=bias)
     if qkv.ndim != 3:
@@ -59,11 +71,3 @@ def biased_attention(
         raise ValueError(f"qkv must have 3 x num_heads x head size channels; got {channels} for {num_heads} heads")
     if bias is not None:
         check_shape("bias", bias, (num_heads, tokens, tokens), "(heads, N, N)")
-    if queries is not None:
-        queries = check_indices("queries", queries, qkv.shape[0], tokens, "N")
-    check_device("qkv", qkv, bias=bias, queries=queries)
-    head_size = channels // (3 * num_heads)
-    scale = head_size**-0.5 if scale is None else float(scale)
-    backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, head_size=head_size))
-    out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
-    return out
