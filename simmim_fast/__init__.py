@@ -1,5 +1,7 @@
 """SimMIM pre-training with fused kernels behind a drop-in PyTorch model."""
 
+from typing import Any
+
 from simmim_fast.interop.acceleration import accelerate
 from simmim_fast.masking import MaskGenerator
 from simmim_fast.models import (
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "GraphedStep",
     "MaskGenerator",
     "SimMIM",
     "SwinTransformerForSimMIM",
@@ -27,3 +30,12 @@ __all__ = [
     "build_simmim",
     "create_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer's public names are imported when they are asked for: it needs more than torch."""
+    if name == "GraphedStep":
+        from simmim_fast.train.graph import GraphedStep
+
+        return GraphedStep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

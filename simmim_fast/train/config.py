@@ -155,6 +155,8 @@ class PretrainConfig:
     """newest checkpoints that are kept"""
     compile: bool = False
     """compile the model with torch.compile"""
+    cuda_graph: bool = False
+    """replay the whole update as one CUDA graph (eager, with the same results, where there is no GPU)"""
 
     def __post_init__(self) -> None:
         check_types(PretrainConfig, vars(self))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simmim_fast.train.config import PretrainConfig
+from simmim_fast.train.graph import GraphedStep, Update
 from simmim_fast.train.interrupt import Interrupt
 from simmim_fast.train.job import Job, prepare
 from simmim_fast.train.metrics import Readings
 from simmim_fast.train.optim import build_optimizer, pretrain_groups
 from simmim_fast.train.progress import open_progress
 from simmim_fast.train.schedule import build_schedule, set_learning_rates
-from simmim_fast.train.stream import MicroBatch
-
-# The loss divides by the number of masked pixels plus this (official models/simmim.py).
-LOSS_EPS = 1e-5
+from simmim_fast.train.step import train_step
 
 
 def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path:
@@ -43,14 +41,13 @@ def train(job: Job) -> Path:
     rate_scale = config.optimizer.rate_scale(images)
     optimizer = build_optimizer(pretrain_groups(job.model), config.optimizer, config.optimizer.peak_lr(images))
     schedule = build_schedule(config.schedule, config.epochs, updates.per_epoch, scale=rate_scale)
-    model = torch.compile(job.model) if config.compile else job.model
+    update = _build_update(torch.compile(job.model) if config.compile else job.model, optimizer, config)
     readings, interrupt = Readings(images), Interrupt()
 
     with interrupt.listening(), open_progress(len(updates)) as progress, job.folder.open(updates.unreadable) as folder:
         for step, micro_batches in enumerate(readings.waiting(updates), start=1):
             lr = set_learning_rates(optimizer, schedule, step - 1)
-            scalars = train_step(model, optimizer, micro_batches, config.clip_grad, bf16=config.precision == "bf16")
-            readings.add(*scalars)
+            readings.add(*update(micro_batches))
             progress.advance()
 
             stopping = interrupt.requested or step == len(updates)
@@ -69,53 +66,10 @@ def train(job: Job) -> Path:
     return checkpoint
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[MicroBatch],
-    clip_grad: float | None = None,
-    *,
-    bf16: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One update, equal to that over all micro-batches at once where the model draws nothing at random.
-
-    The model averages over the masked pixels of its micro-batch; weighted by their share of all masked pixels of the
-    update, the losses, and so the gradients, add up to those of the one large batch. Stochastic depth and dropout draw
-    anew for each micro-batch: with them the two differ by chance.
-
-    Args:
-        model: Called as `model(images, mask)`; returns the mean over the masked pixels and channels.
-        optimizer: Its parameters are updated.
-        micro_batches: Pairs of images (B, C, H, W), copied to the mask's device, and masks (B, H / patch, W / patch).
-        clip_grad: Largest norm of the whole gradient; None does not clip.
-        bf16: Run the model under bfloat16 autocast.
-
-    Returns:
-        Loss, and gradient norm before clipping: scalars on the device, which is not waited for.
-    """
-    optimizer.zero_grad()
-    masked_pixels = [_masked_pixels(images, mask) for images, mask in micro_batches]
-    all_masked_pixels = sum(masked_pixels)
-    losses = []
-    for (images, mask), pixels in zip(micro_batches, masked_pixels, strict=True):
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=bf16):
-            loss = model(images.to(mask.device, non_blocking=True), mask)
-        loss = loss * ((pixels + LOSS_EPS) / (all_masked_pixels + LOSS_EPS)).to(loss.dtype)
-        loss.backward()
-        losses.append(loss.detach())
-    grad_norm = _clip(optimizer, clip_grad)
-    optimizer.step()
-    return torch.stack(losses).sum(), grad_norm
-
-
-def _masked_pixels(images: Tensor, mask: Tensor) -> Tensor:
-    """Number of pixels under the mask, a float64 scalar on the mask's device."""
-    pixels_per_cell = images.shape[-2:].numel() // mask.shape[-2:].numel()
-    return mask.ne(0).sum().double() * pixels_per_cell
-
-
-def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if largest is None:
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return nn.utils.clip_grad_norm_(parameters, largest)
+def _build_update(model: nn.Module, optimizer: torch.optim.Optimizer, config: PretrainConfig) -> Update:
+    """The function that makes one update of its micro-batches."""
+    if not config.cuda_graph:
+        options = {"clip_grad": config.clip_grad, "bf16": config.precision == "bf16"}
+        return lambda micro_batches: train_step(model, optimizer, micro_batches, **options)
+    step = GraphedStep(model, optimizer, clip_grad=config.clip_grad, precision=config.precision)
+    return lambda micro_batches: step(*chain.from_iterable(micro_batches))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import signal
@@ -12,18 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim_fast import create_model
 from simmim_fast.train import (
+    GraphedStep,
     Job,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
-    build_optimizer,
     load_checkpoint,
     loop,
     prepare,
     pretrain,
-    pretrain_groups,
     train,
     train_step,
 )
@@ -132,6 +129,27 @@ def test_the_run_clips_the_gradient_as_asked(photos, tmp_path):
     assert 0 < moved.item() < 2 * 1e-3 * len(job.updates)
 
 
+def test_the_run_replays_a_graph_where_asked(photos, tmp_path, monkeypatch):
+    built, seen = [], []
+
+    class Recorder(GraphedStep):
+        def __init__(self, *args: object, **options: object):
+            built.append(options)
+            super().__init__(*args, **options)
+
+        def __call__(self, *inputs: torch.Tensor):
+            seen.append(len(inputs))
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr(loop, "GraphedStep", Recorder)
+    plain = losses(photos, tmp_path / "plain", batch_size=2, accumulation_steps=2)
+    assert built == []
+    options = {"batch_size": 2, "accumulation_steps": 2, "clip_grad": 3.0, "cuda_graph": True}
+    assert losses(photos, tmp_path / "graph", **options) == pytest.approx(plain, rel=1e-2)
+    assert built == [{"clip_grad": 3.0, "precision": "fp32"}]
+    assert seen == [4] * len(plain)  # two pairs of images and mask an update
+
+
 def test_the_run_goes_through_the_compiled_model(photos, tmp_path, monkeypatch):
     compiled, seen = [], []
 
@@ -146,48 +164,6 @@ def test_the_run_goes_through_the_compiled_model(photos, tmp_path, monkeypatch):
     train(job)
     assert compiled == [job.model]
     assert len(seen) == len(job.updates)
-
-
-def small_model():
-    torch.manual_seed(0)
-    return create_model("swin", img_size=32, **TINY).double()
-
-
-def uneven_batch():
-    """Images and masks that hide a different number of patches in each image."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(6, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return images, torch.rand(6, 8, 8, generator=generator) < torch.linspace(0.1, 0.9, 6)[:, None, None]
-
-
-@pytest.mark.parametrize("parts", [(3, 3), (1, 2, 3), (1,) * 6], ids=str)
-def test_accumulation_equals_the_large_batch(parts):
-    images, masks = uneven_batch()
-    whole = small_model()
-    split = copy.deepcopy(whole)
-    results = []
-    for model, micro_batches in (
-        (whole, [(images, masks)]),
-        (split, list(zip(images.split(parts), masks.split(parts), strict=True))),
-    ):
-        # SGD: Adam divides the gradient of the key's bias, which is 0 but for rounding, by its own size.
-        optimizer = build_optimizer(pretrain_groups(model), OptimizerConfig(name="sgd"), 0.1)
-        results.append([train_step(model, optimizer, micro_batches, 0.1) for _ in range(3)])
-    for (loss, norm), (split_loss, split_norm) in zip(*results, strict=True):
-        assert split_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-        assert split_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-    for p, q in zip(whole.parameters(), split.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-6, atol=1e-9)
-
-
-def test_clipping_happens_once_on_the_whole_gradient():
-    model = small_model()
-    images, masks = uneven_batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    _, norm = train_step(model, optimizer, list(zip(images.split(2), masks.split(2), strict=True)), 1e-3)
-    assert norm.item() > 1e-3
-    left = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    assert left.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_run_leaves_metrics_checkpoint_and_names_of_bad_images(photos, tmp_path):

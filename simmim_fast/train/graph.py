@@ -1,0 +1,189 @@
+"""The whole update as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simmim_fast._arguments import check_at_least, check_choice
+from simmim_fast.train.step import is_fused_optimizer, train_step
+from simmim_fast.train.stream import MicroBatch
+
+PRECISIONS = ("bf16", "fp32")
+Update = Callable[[list[MicroBatch]], tuple[Tensor, Tensor]]
+Layout = list[tuple[torch.Size, torch.dtype]]
+
+
+class GraphedStep:
+    """Forward, backward, clipping and a fused optimizer, replayed as one CUDA graph: the host launches one thing.
+
+        step = GraphedStep(model, optimizer, clip_grad=5.0)
+        for images, mask in loader:
+            loss, grad_norm = step(images, mask)
+
+    Each call is one update. The first calls run eagerly, since a recording needs the optimizer's moments, and so they
+    are training too, not a rehearsal; then the update is recorded once and replayed from there on. Where there is no
+    CUDA every call is eager, by the same `train_step`, with the same results. An update whose loss or gradient is not
+    finite is left out on the device: parameters and moments stay, and the numbers returned tell.
+
+    A recording replays the same work on the same memory. So every call needs the shapes and dtypes of the first; rates
+    may change at any time, by a scheduler or by hand, but weight decay, betas, `model.train()` and which parameters are
+    trained are those of the recording. After `optimizer.load_state_dict` it records anew. A model that waits for the
+    device cannot be recorded (SimMIM does not), and DistributedDataParallel needs `eager_calls=11`.
+
+    Args:
+        model: Called as `model(images, mask)`; returns the mean over the masked pixels and channels, on one device.
+        optimizer: Built with `fused=True`.
+        clip_grad: Largest norm of the whole gradient; None does not clip.
+        precision: "bf16" runs the model under bfloat16 autocast, "fp32" does not.
+        eager_calls: Calls before the recording, at least 1.
+
+    Raises:
+        TypeError: `optimizer` is none.
+        ValueError: an optimizer that is not fused, or SGD with dampening; an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad: float | None = None,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        eager_calls: int = 3,
+    ) -> None:
+        _check_optimizer(optimizer)
+        check_choice("precision", precision, PRECISIONS)
+        check_at_least("eager_calls", eager_calls, 1)
+        if clip_grad is not None and not clip_grad > 0:
+            raise ValueError(f"clip_grad must be positive, or None for no clipping, got {clip_grad}")
+        self.optimizer = optimizer
+        self.eager_calls = eager_calls
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self._update = partial(train_step, model, optimizer, clip_grad=clip_grad, bf16=precision == "bf16")
+        self._layout: Layout | None = None
+        self._forget()
+        optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """One update.
+
+        Args:
+            *inputs: images (B, C, H, W) and mask (B, H / patch, W / patch), on the device or not; with gradient
+                accumulation those of every micro-batch in turn: images, mask, images, mask, ...
+
+        Returns:
+            Loss, and gradient norm before clipping: scalars on the device, which is not waited for.
+
+        Raises:
+            ValueError: no pairs, or other shapes or dtypes than in the first call.
+        """
+        layout = self._check(inputs)
+        if not self._is_recorded():
+            outputs = self._update(_pairs([tensor.to(self.device) for tensor in inputs]))
+        elif self._calls < self.eager_calls:
+            with _beside(self.device):
+                outputs = self._update(_pairs([tensor.to(self.device, non_blocking=True) for tensor in inputs]))
+        else:
+            if self._recording is None:
+                self._recording = Recording(self._update, self.optimizer, inputs, self.device)
+            outputs = self._recording.replay(inputs)
+        self._calls += 1
+        self._layout = layout
+        return outputs
+
+    def _is_recorded(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _forget(self) -> None:
+        self._calls = 0
+        self._recording: Recording | None = None
+
+    def _check(self, inputs: tuple[Tensor, ...]) -> Layout:
+        if not inputs or len(inputs) % 2:
+            raise ValueError(f"inputs must be pairs of images and mask, got {len(inputs)} tensors")
+        layout = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        if self._layout not in (None, layout):
+            raise ValueError(f"inputs must be as in the first call, {_text(self._layout)}, got {_text(layout)}")
+        return layout
+
+
+class Recording:
+    """An update on memory of its own, recorded without being run.
+
+    Args:
+        update: Makes the update of a list of micro-batches.
+        optimizer: Whose rates are read from tensors from here on.
+        inputs: Images and mask of every micro-batch in turn; only shapes and dtypes count.
+        device: That of the parameters.
+    """
+
+    def __init__(
+        self, update: Update, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], device: torch.device
+    ) -> None:
+        self._optimizer = optimizer
+        self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._hand_over_rates()
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        optimizer.zero_grad(set_to_none=True)  # the gradients' memory is the recording's
+        self._capture(partial(update, _pairs(self._inputs)))
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The update of these inputs, at the rates that the optimizer's groups hold now."""
+        for kept, tensor in zip(self._inputs, inputs, strict=True):
+            kept.copy_(tensor, non_blocking=True)
+        self._hand_over_rates()
+        loss, grad_norm = self._run()
+        return loss.clone(), grad_norm.clone()
+
+    def _capture(self, update: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads of a data loader may go on using CUDA meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = update()
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        self._graph.replay()
+        return self._outputs
+
+    def _hand_over_rates(self) -> None:
+        """Writes each group's rate to where the recording reads it, and leaves that tensor in the group."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not rate:
+                rate.fill_(group["lr"])
+                group["lr"] = rate
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On a stream of its own, as torch asks of what runs before a recording."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not is_fused_optimizer(optimizer):
+        raise ValueError(f"optimizer must be built with fused=True, got {type(optimizer).__name__} without it")
+    if any(group.get("dampening", 0) and group["momentum"] for group in optimizer.param_groups):
+        raise ValueError("optimizer must have no dampening: its first update cannot be left out where it is not finite")
+
+
+def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def _text(layout: Layout) -> str:
+    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in layout)
