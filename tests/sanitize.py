@@ -10,7 +10,8 @@ import sys
 import torch
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-CASES = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_every_op.py", "-m", "sanitize"]
+TESTS = "tests/ops/test_every_op_memory.py"
+CASES = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "sanitize", TESTS]
 # A cache would hand out memory whose borders the tools cannot see.
 ENVIRONMENT = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 

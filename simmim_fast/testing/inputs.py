@@ -43,7 +43,7 @@ def substitute_mask_tokens_inputs(
 def bias_gelu_inputs(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
-    bias_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
     *,
     device: str = "cpu",
     seed: int = 0,
@@ -53,21 +53,21 @@ def bias_gelu_inputs(
     Args:
         shape: (..., C) of x.
         dtype: Of x.
-        bias_dtype: Of the bias; x's by default.
+        parameter_dtype: Of the bias; x's by default.
         device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
         seed: Of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
         "x": random_tensor(shape, dtype, generator).to(device),
-        "bias": random_tensor(shape[-1:], bias_dtype or dtype, generator).to(device),
+        "bias": random_tensor(shape[-1:], parameter_dtype or dtype, generator).to(device),
     }
 
 
 def biased_attention_inputs(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype = torch.float32,
-    bias_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
     *,
     bias: bool = True,
     queries: int | None = None,
@@ -79,7 +79,7 @@ def biased_attention_inputs(
     Args:
         shape: (B, N, heads, D).
         dtype: Of qkv.
-        bias_dtype: Of the bias; qkv's by default.
+        parameter_dtype: Of the bias; qkv's by default.
         bias: With a bias or with None.
         queries: Distinct tokens of each image whose outputs are wanted, in random order; None for all.
         device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
@@ -89,7 +89,9 @@ def biased_attention_inputs(
     images, tokens, heads, head_size = shape
     arguments = {
         "qkv": random_tensor((images, tokens, 3 * heads * head_size), dtype, generator).to(device),
-        "bias": random_tensor((heads, tokens, tokens), bias_dtype or dtype, generator).to(device) if bias else None,
+        "bias": random_tensor((heads, tokens, tokens), parameter_dtype or dtype, generator).to(device)
+        if bias
+        else None,
         "num_heads": heads,
     }
     if queries is not None:

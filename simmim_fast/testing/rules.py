@@ -52,7 +52,11 @@ def run(
         return _named(function(**inputs))
     leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
     out = function(**{**inputs, **leaves})
-    gradients = torch.autograd.grad(out, tuple(leaves.values()), grad_out)
+    reached = [
+        (one, grad) for one, grad in zip(tree_leaves(out), tree_leaves(grad_out), strict=True) if one.requires_grad
+    ]
+    outputs, grads = zip(*reached, strict=True)
+    gradients = torch.autograd.grad(outputs, tuple(leaves.values()), grads)
     return _named(out) | {f"grad_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 

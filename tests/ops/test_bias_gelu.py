@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim_fast._backends import FLOAT_DTYPES
@@ -25,7 +22,6 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
-    assert_right,
     offline,
     permuted,
     random_gradient,
@@ -134,20 +130,6 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in forward_and_backward(target, inputs).values())
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_takes_an_expanded_gradient(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    one = torch.ones(1, device=target.device)
-    actual, expected = (run(on(target), inputs, grad) for grad in (one.expand(SMALL), one.expand(SMALL).contiguous()))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
-
-
-@pytest.mark.parametrize("wanted", ["x", "bias"])
-def test_gives_one_gradient_alone(target: Target, wanted: str) -> None:
-    assert_matches(on(target), reference, make_inputs(SMALL, BF16, FP32, device=target.device), wanted=[wanted])
-
-
 def test_gradcheck(target: Target) -> None:
     x, bias = make_inputs((2, 3, 2), FP64, device=target.device).values()
     assert torch.autograd.gradcheck(on(target), (x.requires_grad_(), bias.requires_grad_()))
@@ -163,28 +145,6 @@ def test_opcheck(target: Target, dtype: torch.dtype, requires_grad: bool) -> Non
     torch.library.opcheck(forward, (permuted(x), bias))
     for dtypes in ((dtype, dtype), (dtype, None), (None, dtype)):
         torch.library.opcheck(backward, (permuted(x.detach()), x.detach(), bias.detach(), *dtypes))
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 3, 4), BF16, FP32, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        assert_right(run(compiled, inputs, grad_out), reference, inputs, grad_out)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_repeats_under_activation_checkpointing(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    grad_out = random_gradient(reference, inputs)
-    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
-    actual, expected = (run(f, inputs, grad_out) for f in (checkpointed, on(target)))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
 
 
 def test_repeats_bit_for_bit(target: Target) -> None:
@@ -208,15 +168,6 @@ def test_autocast_changes_nothing(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_refuses_a_second_derivative(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    x = inputs["x"].requires_grad_()
-    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
 def test_keeps_its_inputs_alone(target: Target) -> None:
     inputs = {name: value.requires_grad_() for name, value in make_inputs(SMALL, device=target.device).items()}
     saved = []
@@ -231,29 +182,12 @@ def test_more_than_int32_elements(target: Target) -> None:
     x = torch.ones(1, 1, dtype=BF16, device="cuda").expand(2**21 + 1, 1024).contiguous()
     x[-1] = 2
     bias = torch.zeros(1024, dtype=BF16, device="cuda")
-    out = on(target)(x, bias)
+    grad_out = torch.ones(1, 1, dtype=BF16, device="cuda").expand(x.shape)
+    results = run(on(target), {"x": x, "bias": bias}, grad_out, ["x"])
     for row in (0, 2**20, -1):
-        assert_equal(out[row : row + 1 or None], on(target)(x[row : row + 1 or None], bias), "out")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ON_GPU, indirect=True)
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(SMALL, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["x"].add_(1)
-    graph.replay()
-    assert_equal(out, on(target)(**inputs), "out")
-
-
-def test_reads_no_data(target: Target) -> None:
-    inputs = make_inputs(SMALL, BF16, device=target.device)
-    with FakeTensorMode() as mode:
-        results = forward_and_backward(target, {name: mode.from_tensor(value) for name, value in inputs.items()})
-    assert results["out"].shape == SMALL
+        rows = slice(row, row + 1 or None)
+        for name, expected in run(on(target), {"x": x[rows], "bias": bias}, grad_out[rows], ["x"]).items():
+            assert_equal(results[name][rows], expected, name)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim_fast._backends import FLOAT_DTYPES
@@ -179,31 +176,6 @@ def test_opcheck(target: Target, dtype: torch.dtype, target_dtype: torch.dtype |
     torch.library.opcheck(forward, operator_arguments(inputs))
 
 
-@on_operators
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 4, 8), 2, BF16, FP32, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        actual, expected = run(compiled, inputs, grad_out, WANTED), run(on(target), inputs, grad_out, WANTED)
-        for name, result in actual.items():
-            assert_equal(result, expected[name], name)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
-@on_operators
-def test_repeats_under_activation_checkpointing(target: Target) -> None:
-    inputs = make_inputs(SMALL, 4, device=target.device)
-    grad_out = random_gradient(reference, inputs)
-    expected = run(on(target), inputs, grad_out, WANTED)
-    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
-    for name, result in run(checkpointed, inputs, grad_out, WANTED).items():
-        assert_equal(result, expected[name], name)
-
-
 @on_every_backend
 def test_repeats_bit_for_bit(target: Target) -> None:
     inputs = make_inputs((3, 3, 16, 40), 4, BF16, FP32, device=target.device)
@@ -227,15 +199,6 @@ def test_autocast_changes_nothing(target: Target) -> None:
         assert_equal(result, expected[name], name)
 
 
-@on_operators
-def test_refuses_a_second_derivative(target: Target) -> None:
-    inputs = make_inputs(SMALL, 4, device=target.device)
-    prediction = inputs["prediction"].requires_grad_()
-    (gradient,) = torch.autograd.grad(on(target)(**inputs).square(), prediction, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
 @pytest.mark.gpu
 @on_gpu
 def test_more_than_int32_elements(target: Target) -> None:
@@ -250,30 +213,6 @@ def test_more_than_int32_elements(target: Target) -> None:
     torch.testing.assert_close(loss.item(), 1.0)
     assert bool((gradient[-1] < 0).all())
     assert not bool(gradient[:-1].any())
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(SMALL, 4, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["prediction"].add_(1)
-    graph.replay()
-    assert_equal(out, on(target)(**inputs), "out")
-
-
-@on_every_backend
-def test_reads_no_data(target: Target) -> None:
-    with FakeTensorMode() as mode:
-        inputs = make_inputs(SMALL, 4, BF16, UINT8, device=target.device)
-        fakes = {
-            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
-        results = forward_and_backward(target, fakes)
-    assert (results["out"].shape, results["grad_prediction"].shape) == ((), SMALL)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from simmim_fast._backends import FLOAT_DTYPES
 from simmim_fast.ops import masked_patch_embed
@@ -168,25 +165,6 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in results.values())
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_takes_an_expanded_gradient(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    shape = (2, 3, 5, 20)
-    one = torch.ones(1, device=target.device)
-    grads = (one.expand(shape), one.expand(shape).contiguous())
-    actual, expected = (run(on(target), inputs, grad, parameters_of(inputs)) for grad in grads)
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
-
-
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
-@pytest.mark.parametrize("wanted", PARAMETERS)
-def test_gives_one_gradient_alone(target: Target, wanted: str, norm: bool) -> None:
-    inputs = make_inputs(SMALL, norm=norm, device=target.device)
-    if inputs[wanted] is not None:
-        check(target, inputs, [wanted])
-
-
 def test_gradcheck(target: Target) -> None:
     inputs = make_inputs((2, 1, 3, 1, 2, 3), FP64, device=target.device)
     arguments = [inputs[name].requires_grad_() for name in PARAMETERS]
@@ -209,31 +187,6 @@ def test_opcheck(target: Target, dtype: torch.dtype, requires_grad: bool) -> Non
         for name in parameters_of(inputs):
             inputs[name].requires_grad_(requires_grad)
         torch.library.opcheck(forward, operator_arguments(inputs, dtype, dtype)[0])
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 3, 3, 4, 8), BF16, FP32, visible=True, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        actual, expected = (run(f, inputs, grad_out, PARAMETERS) for f in (compiled, on(target)))
-        for name, result in actual.items():
-            assert_equal(result, expected[name], name)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_repeats_under_activation_checkpointing(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    grad_out = random_gradient(reference, inputs)
-    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
-    actual, expected = (run(f, inputs, grad_out, PARAMETERS) for f in (checkpointed, on(target)))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
 
 
 def test_repeats_bit_for_bit(target: Target) -> None:
@@ -341,46 +294,18 @@ def test_autocast_takes_operands_to_its_dtype(target: Target) -> None:
         assert error <= 3 * budget + 4 * torch.finfo(FP32).eps * exact[name].norm(), name
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_refuses_a_second_derivative(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    bias = inputs["bias"].requires_grad_()
-    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), bias, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ON_GPU, indirect=True)
 def test_more_than_int32_elements(target: Target) -> None:
     inputs = make_inputs((1, 8, 8, 3, 4, 1024), BF16, hidden=0.0, pos_embed=False, norm=False, device="cuda")
-    expected = on(target)(**inputs)[0]
+    one = torch.ones(1, 1, 1, 1, dtype=BF16, device="cuda")
+    expected = run(on(target), inputs, one.expand(1, 8, 8, 1024), ["weight"])
     images = 2**15 + 1
     inputs |= {name: inputs[name].expand(images, *inputs[name].shape[1:]).contiguous() for name in ("image", "mask")}
-    out = on(target)(**inputs)
-    assert_equal(out[-1], expected, "out")
-    assert_equal(out[0], expected, "out")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ON_GPU, indirect=True)
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(SMALL, visible=True, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["image"].add_(1)
-    graph.replay()
-    assert_equal(out, on(target)(**inputs), "out")
-
-
-def test_reads_no_data(target: Target) -> None:
-    with FakeTensorMode() as mode:
-        real = make_inputs(SMALL, BF16, visible=True, device=target.device)
-        inputs = {name: value if value is None else mode.from_tensor(value) for name, value in real.items()}
-        results = forward_and_backward(target, inputs)
-    assert results["out"].shape == (2, 3, 5, 20)
+    results = run(on(target), inputs, one.expand(images, 8, 8, 1024), ["weight"])
+    for image in (0, -1):
+        assert_equal(results["out"][image], expected["out"][0], "out")
+    torch.testing.assert_close(results["grad_weight"] / images, expected["grad_weight"])
 
 
 @pytest.mark.parametrize(

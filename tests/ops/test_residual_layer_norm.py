@@ -9,9 +9,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from simmim_fast.ops import residual_layer_norm
 from simmim_fast.ops.residual_layer_norm.reference import residual_layer_norm as reference
@@ -20,7 +17,6 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
-    assert_right,
     differentiable,
     permuted,
     random_gradient,
@@ -157,16 +153,6 @@ def test_takes_expanded_gradients(target: Target, form: dict) -> None:
         assert_equal(result, expected[name], name)
 
 
-@pytest.mark.parametrize("wanted", ["x", "delta", "weight", "bias", "gamma"])
-@pytest.mark.parametrize("norm", ["output", "delta"])
-def test_gives_one_gradient_alone(target: Target, norm: str, wanted: str) -> None:
-    inputs = make_inputs(SMALL, FP32, BF16, FP32, norm=norm, device=target.device)
-    if inputs[wanted] is None:
-        return
-    inputs["x"].requires_grad_()  # or y would have no gradient to give with norm="output"
-    assert_matches(on(target), reference, inputs, wanted=[wanted])
-
-
 @pytest.mark.parametrize("index", [0, 1], ids=["sum", "norm"])
 def test_takes_the_gradient_of_one_output_alone(target: Target, index: int) -> None:
     inputs = make_inputs(SMALL, FP32, BF16, FP32, device=target.device)
@@ -203,30 +189,6 @@ def test_opcheck(target: Target, dtypes: tuple) -> None:
             inputs[name].requires_grad_()
         arguments, _ = operator_arguments(inputs, forward)
         torch.library.opcheck(forward, arguments)
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@three_forms
-def test_compiles_with_a_dynamic_batch(target: Target, form: dict, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 3, 4), FP32, BF16, FP32, **form, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        assert_right(run(compiled, inputs, grad_out), reference, inputs, grad_out)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
-@three_forms
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_repeats_under_activation_checkpointing(target: Target, form: dict) -> None:
-    inputs = make_inputs(SMALL, **form, device=target.device)
-    grad_out = random_gradient(reference, inputs)
-    checkpointed = partial(checkpoint, on(target), use_reentrant=False)
-    actual, expected = (run(f, inputs, grad_out) for f in (checkpointed, on(target)))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
 
 
 def several_chunks(target: Target, form: dict) -> dict[str, Any]:
@@ -295,52 +257,18 @@ def test_differentiates_under_autocast(target: Target, dtypes: tuple, form: dict
         assert_matches(on(target), reference, make_inputs(SMALL, *dtypes, **form, device=target.device))
 
 
-@pytest.mark.parametrize("norm", ["output", "delta"])
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_refuses_a_second_derivative(target: Target, norm: str) -> None:
-    inputs = make_inputs(SMALL, norm=norm, device=target.device)
-    delta = inputs["delta"].requires_grad_()
-    out = on(target)(**inputs)
-    (out,) = (out,) if norm == "delta" else out[1:]
-    (gradient,) = torch.autograd.grad(out.square().sum(), delta, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ON_GPU, indirect=True)
 def test_more_than_int32_elements(target: Target) -> None:
     rows = 2**21 + 1
     inputs = make_inputs((3, 1024), BF16, gamma=False, keep=False, device="cuda")
-    expected = on(target)(**inputs)
+    one = torch.ones(1, 1, dtype=BF16, device="cuda")
+    expected = run(on(target), inputs, (one.expand(3, 1024),) * 2, ["x", "delta"])
     for name in ("x", "delta"):
         inputs[name] = torch.cat([inputs[name][:1].expand(rows - 2, -1), inputs[name][1:]])
-    for result, small in zip(on(target)(**inputs), expected, strict=True):
-        assert_equal(result[-2:], small[1:], "out")
-        assert_equal(result[:1], small[:1], "out")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ON_GPU, indirect=True)
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(SMALL, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["x"].add_(1)
-    graph.replay()
-    for result, expected in zip(out, on(target)(**inputs), strict=True):
-        assert_equal(result, expected, "out")
-
-
-@every_form
-def test_reads_no_data(target: Target, form: dict) -> None:
-    inputs = make_inputs(SMALL, FP32, BF16, FP32, **form, device=target.device)
-    with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        results = forward_and_backward(target, fakes)
-    assert all(result.shape in (SMALL, SMALL[-1:]) for result in results.values())
+    for name, result in run(on(target), inputs, (one.expand(rows, 1024),) * 2, ["x", "delta"]).items():
+        assert_equal(result[-2:], expected[name][1:], name)
+        assert_equal(result[:1], expected[name][:1], name)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from simmim_fast._backends import FLOAT_DTYPES
 from simmim_fast.ops.shifted_window_attention import shifted_window_attention
@@ -240,23 +237,6 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in forward_and_backward(target, inputs).values())
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_takes_an_expanded_gradient(target: Target) -> None:
-    inputs = make_inputs(**SMALL, device=target.device)
-    expanded = torch.ones(1, device=target.device).expand(2, 2, 5, 5)
-    actual, expected = (run(on(target), inputs, grad) for grad in (expanded, expanded.contiguous()))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
-
-
-@pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize("wanted", ["qkv", "bias_table", "logit_scale", "pad_value"])
-@on_every_backend
-def test_gives_one_gradient_alone(target: Target, wanted: str, heads: int) -> None:
-    inputs = make_inputs((2, 2, 5, heads, 5), (2, 3), (1, 1), cosine=True, device=target.device)
-    assert_matches(on(target), reference, inputs, wanted=[wanted])
-
-
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64], ids=str)
 @on_every_backend
 def test_takes_any_integer_queries(target: Target, dtype: torch.dtype) -> None:
@@ -320,24 +300,6 @@ def test_opcheck(target: Target, dtype: torch.dtype) -> None:
         torch.library.opcheck(forward, tuple(leaves))
 
 
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@on_every_backend
-def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 2, 1, 5), (2, 3), (1, 1), BF16, FP32, cosine=True, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        actual, expected = run(compiled, inputs, grad_out), run(on(target), inputs, grad_out)
-        for name, result in actual.items():
-            if target.backend == "reference":
-                torch.testing.assert_close(result, expected[name], rtol=2e-2, atol=2e-2)
-            else:
-                assert_equal(result, expected[name], name)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
-
-
 class Module(torch.nn.Module):
     """Calls the public function on a backend."""
 
@@ -356,19 +318,6 @@ def test_exports(target: Target) -> None:
     module = Module(target.backend, **inputs)
     program = torch.export.export(module, arguments, dynamic_shapes=({0: torch.export.Dim("batch")}, None))
     assert_equal(program.module()(*arguments), module(*arguments), "out")
-
-
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_repeats_under_activation_checkpointing(target: Target) -> None:
-    inputs = make_inputs(**SMALL, device=target.device)
-
-    def checkpointed(**inputs: Any) -> Tensor:
-        return checkpoint(on(target), **inputs, use_reentrant=False)
-
-    grad_out = random_gradient(reference, inputs)
-    expected = run(on(target), inputs, grad_out)
-    for name, result in run(checkpointed, inputs, grad_out).items():
-        assert_equal(result, expected[name], name)
 
 
 @on_every_backend
@@ -395,15 +344,6 @@ def test_autocast_changes_nothing(target: Target) -> None:
         assert_equal(result, expected[name], name)
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_refuses_a_second_derivative(target: Target) -> None:
-    inputs = make_inputs(**SMALL, device=target.device)
-    qkv = inputs["qkv"].requires_grad_()
-    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ON_GPU, indirect=True)
 def test_more_than_int32_elements(target: Target) -> None:
@@ -411,31 +351,10 @@ def test_more_than_int32_elements(target: Target) -> None:
     qkv = torch.zeros(2428, 48, 48, 384, dtype=BF16, device="cuda")
     qkv[-1] = last["qkv"][0]
     assert qkv.numel() > 2**31
-    assert_equal(on(target)(**last | {"qkv": qkv})[-1:], on(target)(**last), "out")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ON_GPU, indirect=True)
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(**SUBSET, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["qkv"].add_(1)
-    graph.replay()
-    assert_equal(out, on(target)(**inputs), "out")
-
-
-@on_every_backend
-def test_reads_no_data(target: Target) -> None:
-    with FakeTensorMode() as mode:
-        inputs = make_inputs(**SUBSET, dtype=BF16, device=target.device)
-        fakes = {
-            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
-        results = forward_and_backward(target, fakes)
-    assert results["out"].shape == (2, 4, 5)
+    grad_out = torch.ones(1, 1, 1, 1, dtype=BF16, device="cuda").expand(*qkv.shape[:3], 128)
+    expected = run(on(target), last, grad_out[-1:], ["qkv"])
+    for name, result in run(on(target), last | {"qkv": qkv}, grad_out, ["qkv"]).items():
+        assert_equal(result[-1:], expected[name], name)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim_fast._backends import FLOAT_DTYPES
@@ -23,7 +21,6 @@ from simmim_fast.testing import (
     assert_ignores_threads,
     assert_matches,
     assert_repeats,
-    assert_right,
     offline,
     permuted,
     random_gradient,
@@ -115,20 +112,6 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in forward_and_backward(target, inputs).values())
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_takes_an_expanded_gradient(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    one = torch.ones(1, device=target.device)
-    actual, expected = (run(on(target), inputs, grad) for grad in (one.expand(SMALL), one.expand(SMALL).contiguous()))
-    for name, result in actual.items():
-        assert_equal(result, expected[name], name)
-
-
-@pytest.mark.parametrize("wanted", ["x", "mask_token", "pos_embed"])
-def test_gives_one_gradient_alone(target: Target, wanted: str) -> None:
-    assert_matches(on(target), reference, make_inputs(SMALL, device=target.device), copies=COPIES, wanted=[wanted])
-
-
 def test_gradcheck(target: Target) -> None:
     x, mask, mask_token, pos_embed = make_inputs((2, 1, 3, 2), FP64, device=target.device).values()
     arguments = [t.requires_grad_() for t in (x, mask_token, pos_embed)]
@@ -146,18 +129,6 @@ def test_opcheck(target: Target, dtype: torch.dtype, requires_grad: bool) -> Non
     torch.library.opcheck(forward, (permuted(x), permuted(mask), mask_token, permuted(pos_embed)))
     for dtypes in ((dtype, dtype, dtype), (dtype, dtype, None), (None, None, dtype)):
         torch.library.opcheck(backward, (permuted(x.detach()), permuted(mask), *dtypes))
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_with_a_dynamic_batch(target: Target, engine: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(engine)
-    compiled = torch.compile(on(target), fullgraph=True, backend=counter)
-    for images in (2, 3, 5):
-        inputs = make_inputs((images, 2, 3, 4), BF16, FP32, device=target.device)
-        grad_out = random_gradient(reference, inputs)
-        assert_right(run(compiled, inputs, grad_out), reference, inputs, grad_out, copies=COPIES)
-    assert counter.frame_count <= 2, "recompiled for the third batch size"
 
 
 def test_repeats_bit_for_bit(target: Target) -> None:
@@ -199,15 +170,6 @@ def test_autocast_changes_nothing(target: Target) -> None:
         assert_equal(result, expected[name], name)
 
 
-@pytest.mark.parametrize("target", OPERATORS, indirect=True)
-def test_refuses_a_second_derivative(target: Target) -> None:
-    inputs = make_inputs(SMALL, device=target.device)
-    x = inputs["x"].requires_grad_()
-    (gradient,) = torch.autograd.grad(on(target)(**inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", GPU_OPERATORS, indirect=True)
 def test_more_than_int32_elements(target: Target) -> None:
@@ -215,29 +177,12 @@ def test_more_than_int32_elements(target: Target) -> None:
     x = torch.ones(1, 1, 1, 1, dtype=BF16, device="cuda").expand(shape).contiguous()
     mask = torch.zeros(shape[:3], dtype=torch.bool, device="cuda")
     mask[-1, -1, -1] = True
-    out = on(target)(x, mask, torch.full(shape[3:], 2.0, dtype=BF16, device="cuda"))
-    assert bool((out[-1, -1, -1] == 2).all())
-    assert bool((out.flatten()[: -shape[3]] == 1).all())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", GPU_OPERATORS, indirect=True)
-def test_cuda_graph_replays(target: Target) -> None:
-    inputs = make_inputs(SMALL, device="cuda")
-    on(target)(**inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = on(target)(**inputs)
-    inputs["x"].add_(1)
-    graph.replay()
-    assert_equal(out, on(target)(**inputs), "out")
-
-
-def test_reads_no_data(target: Target) -> None:
-    inputs = make_inputs(SMALL, BF16, device=target.device)
-    with FakeTensorMode() as mode:
-        results = forward_and_backward(target, {name: mode.from_tensor(value) for name, value in inputs.items()})
-    assert results["out"].shape == SMALL
+    inputs = {"x": x, "mask": mask, "mask_token": torch.full(shape[3:], 2.0, dtype=BF16, device="cuda")}
+    results = run(on(target), inputs, torch.ones(1, 1, 1, 1, dtype=BF16, device="cuda").expand(shape))
+    for name, visible, hidden in (("out", 1, 2), ("grad_x", 1, 0)):
+        assert bool((results[name][-1, -1, -1] == hidden).all())
+        assert bool((results[name].flatten()[: -shape[3]] == visible).all())
+    assert bool((results["grad_mask_token"] == 1).all())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""What every op does with memory: any alignment, any gradient, no more bytes than it registers, the same every time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from simmim_fast import ops
+from simmim_fast._backends import BackendError
+from simmim_fast.ops import OPS, bytes_moved
+from simmim_fast.testing import (
+    assert_equal,
+    assert_ignores_threads,
+    assert_repeats,
+    assert_right,
+    differentiable,
+    random_gradient,
+    run,
+    small_inputs,
+)
+from tests.ops.every_op import (
+    CASES,
+    Case,
+    attention,
+    every_case,
+    every_op,
+    forward_and_backward,
+    on,
+    on_gpu,
+    on_operators,
+    small,
+    windows,
+)
+from tests.ops.operator_calls import OperatorCalls
+from tests.ops.targets import OPERATORS, TARGETS, Target
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+on_gpu_code = pytest.mark.parametrize("target", [one for one in OPERATORS if one.id != "native"], indirect=True)
+
+
+@every_op
+@on_operators
+def test_takes_tensors_that_are_not_aligned(target: Target, op: str) -> None:
+    inputs = small_inputs(op, 2, device=target.device)
+    grad_out = random_gradient(on(op, target), inputs)
+    expected = run(on(op, target), inputs, grad_out, differentiable(inputs))
+    shifted = {name: misaligned(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for name, result in run(on(op, target), shifted, tree_map(misaligned, grad_out), differentiable(inputs)).items():
+        assert_equal(result, expected[name], name)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values, one element off the alignment that an allocation has."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
+@every_case
+@on_operators
+def test_takes_an_expanded_gradient(target: Target, case: str) -> None:
+    op, draw = CASES[case]
+    inputs = draw(2, device=target.device)
+    whole = random_gradient(partial(getattr(ops, op), backend="reference"), inputs)
+    one = tree_map(lambda grad: grad.new_ones(()).expand(grad.shape), whole)
+    expected = run(on(op, target), inputs, tree_map(Tensor.contiguous, one), differentiable(inputs))
+    for name, result in run(on(op, target), inputs, one, differentiable(inputs)).items():
+        assert_equal(result, expected[name], name)
+
+
+@every_case
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_gives_one_gradient_alone(target: Target, case: str) -> None:
+    op, draw = CASES[case]
+    inputs = draw(2, device=target.device)
+    reference = partial(getattr(ops, op), backend="reference")
+    grad_out = random_gradient(reference, inputs)
+    for name in differentiable(inputs):
+        actual = run(on(op, target), inputs, grad_out, [name])
+        assert_right(actual, reference, inputs, grad_out, wanted=[name])
+
+
+@every_case
+@on_operators
+def test_ignores_the_number_of_threads(target: Target, case: str) -> None:
+    op, draw = CASES[case]
+    inputs = draw(3 if target.emulated else 40, device=target.device)
+    assert_ignores_threads(partial(forward_and_backward, on(op, target), op, inputs))
+
+
+@every_op
+@on_gpu_code
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch.dtype) -> None:
+    """At least the inputs and workspaces are read; written is what is allocated, no more and no less."""
+    inputs = small_inputs(op, 20, dtype=dtype, device=target.device)  # more than one chunk of images
+    grad_out = random_gradient(on(op, target), inputs)
+    with OperatorCalls() as made:
+        run(on(op, target), inputs, grad_out, differentiable(inputs))
+    assert len(made.calls) == 2, "forward and backward"
+    for call in made.calls:
+        read, written = bytes_moved(call.operator, *call.args)
+        assert written == call.born, f"{call.operator} registers {written} bytes written, {call.born} came into being"
+        assert read >= call.given + call.scratch, f"{call.operator} reads less than its inputs and workspaces"
+
+
+# Every kernel and every path through it: windows of three and four warps, and of several tiles; lists; bytes.
+SANITIZED: dict[str, Case] = {
+    **{op: small(op) for op in OPS},
+    "window of 36, cosine, padded": windows((13, 11), (6, 6), (3, 3), cosine=True),
+    "window of 49, padded": windows((13, 11), (7, 7), (3, 3)),
+    "window of 144, cosine, padded": windows((20, 23), (12, 12), (6, 6), cosine=True),
+    "window with queries": windows((6, 6), (6, 6), queries=22),
+    "attention with queries": attention(70, 32, queries=9),
+    "embedding of a list": small("masked_patch_embed", visible=True),
+    "head of a list": small("linear_masked_loss", tokens=True),
+}
+
+
+@pytest.mark.sanitize
+@on_gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", SANITIZED)
+def test_small_case(target: Target, case: str, dtype: torch.dtype) -> None:
+    """For compute-sanitizer, `make sanitize`: memory is neither poisoned nor guarded, which would initialise it."""
+    op, draw = SANITIZED[case]
+    function, inputs = on(op, target), draw(2, dtype=dtype, device=target.device)
+    reference = partial(getattr(ops, op), backend="reference")
+    grad_out = random_gradient(reference, inputs)
+    try:
+        actual = run(function, inputs, grad_out, differentiable(inputs))
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert_right(actual, reference, inputs, grad_out, wanted=differentiable(inputs))
+
+
+@every_case
+@on_gpu
+def test_repeats_250_times(target: Target, case: str) -> None:
+    op, draw = CASES[case]
+    inputs = draw(3, dtype=BF16, device=target.device)
+    assert_repeats(partial(forward_and_backward, on(op, target), op, inputs), times=250)
