@@ -14,7 +14,6 @@ from simmim_fast._backends import BackendError
 from simmim_fast.ops import OPS, bytes_moved
 from simmim_fast.testing import (
     assert_equal,
-    assert_ignores_threads,
     assert_repeats,
     assert_right,
     differentiable,
@@ -81,14 +80,6 @@ def test_gives_one_gradient_alone(target: Target, case: str) -> None:
     for name in differentiable(inputs):
         actual = run(on(op, target), inputs, grad_out, [name])
         assert_right(actual, reference, inputs, grad_out, wanted=[name])
-
-
-@every_case
-@on_operators
-def test_ignores_the_number_of_threads(target: Target, case: str) -> None:
-    op, draw = CASES[case]
-    inputs = draw(3 if target.emulated else 40, device=target.device)
-    assert_ignores_threads(partial(forward_and_backward, on(op, target), op, inputs))
 
 
 @every_op
