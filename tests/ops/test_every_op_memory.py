@@ -82,6 +82,10 @@ def test_gives_one_gradient_alone(target: Target, case: str) -> None:
         assert_right(actual, reference, inputs, grad_out, wanted=[name])
 
 
+# Adds up in memory, so it writes some of it more than once. Its own tests count every load and store.
+ADDS_UP_IN_MEMORY = {"biased_attention"}
+
+
 @every_op
 @on_gpu_code
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -94,7 +98,8 @@ def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch
     assert len(made.calls) == 2, "forward and backward"
     for call in made.calls:
         read, written = bytes_moved(call.operator, *call.args)
-        assert written == call.born, f"{call.operator} registers {written} bytes written, {call.born} came into being"
+        right = written >= call.born if op in ADDS_UP_IN_MEMORY else written == call.born
+        assert right, f"{call.operator} registers {written} bytes written, {call.born} came into being"
         assert read >= call.given + call.scratch, f"{call.operator} reads less than its inputs and workspaces"
 
 

@@ -56,7 +56,8 @@ def biased_attention(
     check_device("qkv", qkv, bias=bias, queries=queries)
     head_size = qkv.shape[2] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else float(scale)
-    backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, head_size=head_size))
+    sizes = {"tokens": qkv.shape[1], "channels": qkv.shape[2] // 3, "num_heads": num_heads}
+    backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, **sizes))
     out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
     return out
 

@@ -18,25 +18,60 @@ from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.biased_attention import reference
 
 MAX_HEAD_SIZE = 128
-# Images whose gradients of the bias one program adds up; then come the chunks' sums.
-CHUNK_IMAGES = 32
+MAX_IMAGE_ELEMENTS = 2**31  # of qkv, and of a head's bias: the Triton kernels' offsets inside an image are int32
+ENOUGH_PROGRAMS = 132  # multiprocessors of an H100
 
 
 class Tile(NamedTuple):
-    """Sizes of the Triton kernels' tiles, in rows or keys.
+    """Sizes of a Triton kernel's tiles of logits."""
 
-    Attributes:
-        own: What a program handles.
-        step: What it goes through, tile by tile.
+    rows: int
+    keys: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of both directions."""
+
+    forward: Tile
+    backward: Tile
+
+
+def capability_of(device: torch.device) -> int:
+    """The compute capability that decides on tiles: 80 below 9.0, else 90, also where there is no GPU."""
+    return 80 if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0) else 90
+
+
+def tiles(qkv: Tensor, num_heads: int, capability: int) -> Tiles:
+    """The largest tiles that do not spill registers; below that, no more keys than there are."""
+    tokens, head_size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    if qkv.itemsize > 2:
+        chosen = Tiles(Tile(32, 32), Tile(32, 32)) if head_size <= 64 else Tiles(Tile(16, 32), Tile(16, 32))
+    elif head_size > 64:
+        chosen = Tiles(Tile(32, 128), Tile(16, 128) if capability >= 90 else Tile(16, 32))
+    elif tokens > 256:
+        chosen = Tiles(Tile(64, 64), Tile(32, 128))
+    else:
+        chosen = Tiles(Tile(32, 256), Tile(16, 256) if capability >= 90 else Tile(32, 128))
+    keys = max(16, 2 ** math.ceil(math.log2(max(tokens, 1))))
+    return Tiles(*(Tile(tile.rows, min(tile.keys, keys)) for tile in chosen))
+
+
+def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:
+    """Rows of one program of the forward, a multiple of the tile's.
+
+    All rows of one of the `heads` of all images where its keys are one tile, which is then read once, unless that makes
+    too few programs; else one tile.
     """
+    if tile.keys < tokens:
+        return tile.rows
+    row_tiles = -(-rows // tile.rows)
+    programs = min(row_tiles, -(-ENOUGH_PROGRAMS // heads))
+    return tile.rows * -(-row_tiles // programs)
 
-    own: int
-    step: int
 
-
-def tile(dtype: torch.dtype) -> Tile:
-    """The tiles for qkv of a dtype: Hopper multiplies 64 rows at once; at N = 197 steps of 32 waste less than 64."""
-    return Tile(own=64, step=32) if dtype.itemsize == 2 else Tile(own=32, step=32)
+def chunk_images(images: int, num_heads: int, needs_bias: bool) -> int:
+    """Images that one program of the backward adds up for the gradient of the bias: two or more."""
+    return max(2, -(-images * num_heads // ENOUGH_PROGRAMS)) if needs_bias else 1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,27 +80,30 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def workspace_shapes(
-    qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, needs_bias: bool
+    tile: Tile, qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, needs_bias: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the workspaces of Triton's backward.
+    """Shapes of the workspaces of Triton's backward, both in `compute_dtype`.
 
-    "delta" (rows' sums of out x grad_out) and "bias" (sums of chunks of images) are in `compute_dtype`, "positions"
-    (the row of each token, or -1) is int32.
+    "q": the gradient of the rows' q, summed over the tiles of keys so far, where there are several. "bias": that of the
+    bias, summed over each chunk of images.
     """
-    images, tokens = qkv.shape[:2]
-    rows = tokens if queries is None else queries.shape[1]
-    shapes = {"delta": (images, num_heads, rows)}
+    images, tokens, channels = qkv.shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    if tokens > tile.keys:
+        shapes["q"] = (images, tokens if queries is None else queries.shape[1], channels // 3)
     if needs_bias and bias is not None:
-        shapes["bias"] = (-(-images // CHUNK_IMAGES), *bias.shape)
-        if queries is not None:
-            shapes["positions"] = (images, tokens + 1)
+        shapes["bias"] = (-(-images // chunk_images(images, num_heads, needs_bias)), *bias.shape)
     return shapes
 
 
-def size_refusal(backend: str, *, head_size: int) -> str | None:
-    """Why a backend does not take heads of so many channels; None where it does."""
-    if backend == "triton" and head_size > MAX_HEAD_SIZE:
-        return f"it takes heads of at most {MAX_HEAD_SIZE} channels; got {head_size}"
+def size_refusal(backend: str, *, tokens: int, channels: int, num_heads: int) -> str | None:
+    """Why a backend does not take N tokens of C channels in so many heads; None where it does."""
+    if backend != "triton":
+        return None
+    if channels > MAX_HEAD_SIZE * num_heads:
+        return f"it takes heads of at most {MAX_HEAD_SIZE} channels; got {channels // num_heads}"
+    if tokens * max(tokens, 3 * channels) >= MAX_IMAGE_ELEMENTS:
+        return f"it takes images whose qkv, and whose pairs of tokens, are fewer than 2^31; got {tokens} tokens"
     return None
 
 
@@ -143,12 +181,15 @@ def _flops_backward(
 def _bytes_moved(
     qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, scale: float
 ) -> tuple[int, int]:
-    """q once, k and v once for every tile of rows, the rows' bias once for every image."""
+    """q once, k and v for every program (tile of rows, where keys are several tiles), the bias for every image."""
     out, lse = _fake(qkv.to("meta"), bias, queries, num_heads, scale)
     images, rows = out.shape[:2]
-    row_tiles = -(-rows // tile(qkv.dtype).own)
-    read = out.nbytes + row_tiles * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows) + _nbytes(queries)
-    return read, out.nbytes + lse.nbytes
+    if out.numel() == 0:
+        return 0, 0
+    tile = tiles(qkv, num_heads, capability_of(qkv.device)).forward
+    programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
+    read = out.nbytes + programs * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows)
+    return read + num_heads * _nbytes(queries), out.nbytes + lse.nbytes
 
 
 def _bytes_moved_backward(
@@ -162,24 +203,24 @@ def _bytes_moved_backward(
     scale: float,
     needs_bias: bool,
 ) -> tuple[int, int]:
-    """The three kernels in turn: of q (with delta), of k and v, of the bias; workspaces are written and read."""
+    """k and v once; q, its gradient's sum, dO, out and lse for every tile of keys; bias and its sum for every image."""
     images, rows = grad_out.shape[:2]
-    tokens, itemsize = qkv.shape[1], compute_dtype(qkv.dtype).itemsize
-    third, statistics = qkv.nbytes // 3, lse.nbytes
-    row_tiles, key_tiles = (-(-size // tile(qkv.dtype).own) for size in (rows, tokens))
-    biases = images * _rows_nbytes(bias, rows)
-    rows_read = 2 * grad_out.nbytes + 2 * statistics + _nbytes(queries)  # q, dO, lse, delta
-    read = rows_read + out.nbytes - statistics + row_tiles * 2 * third + biases
-    read += 2 * third + key_tiles * rows_read + biases
-    written = statistics + qkv.nbytes + (0 if queries is None else third)
-    if needs_bias and bias is not None:
-        shapes = workspace_shapes(qkv, bias, queries, num_heads, needs_bias)
-        step_tiles = -(-tokens // tile(qkv.dtype).step)
-        partials, positions = itemsize * math.prod(shapes["bias"]), 4 * math.prod(shapes.get("positions", (0,)))
-        read += step_tiles * (rows_read - _nbytes(queries) + positions) + key_tiles * 2 * third
-        unrounded = unrounded_nbytes(compute_dtype(qkv.dtype), bias)
-        read += shapes["bias"][0] * bias.nbytes + partials + unrounded + _nbytes(queries)
-        written += partials + unrounded + bias.nbytes + 2 * positions
+    tile = tiles(qkv, num_heads, capability_of(qkv.device)).backward
+    key_tiles = -(-qkv.shape[1] // tile.keys)
+    itemsize = compute_dtype(qkv.dtype).itemsize
+    shapes = workspace_shapes(tile, qkv, bias, queries, num_heads, needs_bias)
+    grad_q_sums = itemsize * max(key_tiles - 1, 0) * math.prod(shapes.get("q", (0,)))
+    read = key_tiles * (3 * grad_out.nbytes + lse.nbytes + num_heads * _nbytes(queries))
+    read += 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows) + grad_q_sums
+    written = 2 * qkv.nbytes // 3 + grad_out.nbytes + grad_q_sums
+    if queries is not None:
+        written += qkv.nbytes // 3  # zeros where tokens are not queried
+    if "bias" in shapes:
+        partials, unrounded = itemsize * math.prod(shapes["bias"]), unrounded_nbytes(compute_dtype(qkv.dtype), bias)
+        of_an_image = itemsize * bias.shape[0] * rows * bias.shape[2]
+        begun = images if queries is not None else images - shapes["bias"][0]
+        read += begun * of_an_image + partials + unrounded
+        written += images * of_an_image + unrounded + bias.nbytes + (0 if queries is None else partials)
     return read, written
 
 
