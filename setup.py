@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -35,6 +35,13 @@ WORK = ROOT / "build" / "native"
 TORCH_TARGET = "0x020b000000000000"  # 2.11, as LibTorch encodes versions
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+# csrc/cpu/*_kernels.cpp are compiled once for each; csrc/cpu/simd.h says what they are. g++ 12 warns of its intrinsics.
+X86_LEVELS = {
+    "baseline": "",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
+    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
+}
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA"
 
 
@@ -133,6 +140,23 @@ class Library:
     compiler: str
     flags: str
     link_flags: str = ""
+    levels: dict[str, str] = field(default_factory=dict)  # SIMD level -> its flags
+
+    @property
+    def objects(self) -> list[tuple[Path, Path, str]]:
+        """Source, object and flags of each compilation. The levels come from the lowest to the highest: of an inline
+        function that several have emitted the linker keeps the first."""
+        kernels = [source for source in self.sources if source.stem.endswith("_kernels") and self.levels]
+        plain = [(source, "", "") for source in self.sources if source not in kernels]
+        levels = [
+            (source, f".{level}", f" -DSIMMIM_FAST_LEVEL={level} {flags}")
+            for level, flags in self.levels.items()
+            for source in kernels
+        ]
+        return [
+            (source, WORK / f"{source.relative_to(CSRC)}{suffix}.o", self.flags + flags)
+            for source, suffix, flags in plain + levels
+        ]
 
     @property
     def built(self) -> Path:
@@ -153,10 +177,20 @@ def cpu_libraries(toolchain: Toolchain) -> list[Library]:
     python = quote("-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), "-I", WORK, "-I", CSRC)
     link_flags = quote("-L", toolchain.torch / "lib", "-ltorch_cpu", "-Wl,-z,defs")
     module, sources = "_C" + sysconfig.get_config_var("EXT_SUFFIX"), sorted(CSRC.glob("cpu/*.cpp"))
+    levels = simd_levels(toolchain)
+    flags = CXX_FLAGS + (" -DSIMMIM_FAST_X86_LEVELS" if len(levels) > 1 else "")
     return [
-        Library(module, [CSRC / "host.cpp"], compiler, f"{CXX_FLAGS} {python}"),
-        Library("lib/ops_cpu.so", sources, compiler, f"{CXX_FLAGS} {stable_abi(toolchain)}", link_flags),
+        Library(module, [CSRC / "host.cpp"], compiler, f"{flags} {python}"),
+        Library("lib/ops_cpu.so", sources, compiler, f"{flags} {stable_abi(toolchain)}", link_flags, levels),
     ]
+
+
+def simd_levels(toolchain: Toolchain) -> dict[str, str]:
+    """SIMD levels that this compiler builds, with their flags: all by g++ 12 or newer for x86-64, else the base."""
+    macros = output_of([*toolchain.compiler, "-dM", "-E", "-x", "c++", os.devnull])
+    version = re.search(r"#define __GNUC__ (\d+)", macros)
+    has_all = "#define __x86_64__ " in macros and "__clang__" not in macros and version and int(version[1]) >= 12
+    return X86_LEVELS if has_all else {"baseline": ""}
 
 
 def cuda_library(toolchain: Toolchain, nvcc: str, architectures: list[str]) -> Library:
@@ -206,10 +240,10 @@ def run_ninja(libraries: list[Library]) -> None:
         writer.rule("compile", "$compiler $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         writer.rule("link", "$compiler -shared $in -o $out $flags")
         for library in libraries:
-            objects = [str(WORK / source.relative_to(CSRC)) + ".o" for source in library.sources]
-            variables = {"compiler": library.compiler, "flags": library.flags}
-            for source, target in zip(library.sources, objects, strict=True):
-                writer.build(target, "compile", str(source), variables=variables)
+            variables = {"compiler": library.compiler}
+            for source, target, flags in library.objects:
+                writer.build(str(target), "compile", str(source), variables=variables | {"flags": flags})
+            objects = [str(target) for _, target, _ in library.objects]
             writer.build(str(library.built), "link", objects, variables=variables | {"flags": library.link_flags})
     subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", WORK, "-j", str(jobs())], check=True)
 

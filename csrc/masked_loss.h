@@ -11,12 +11,7 @@
 #include <tuple>
 
 #include "checks.h"
-
-#ifdef __CUDACC__
-#define SIMMIM_FAST_HOST_DEVICE __host__ __device__
-#else
-#define SIMMIM_FAST_HOST_DEVICE
-#endif
+#include "integers.h"
 
 namespace simmim_fast::masked_loss {
 
@@ -100,7 +95,7 @@ struct ForwardArgs {
   int64_t width;
   int64_t patch;
 
-  SIMMIM_FAST_HOST_DEVICE int64_t chunks() const { return (rows + kChunkRows - 1) / kChunkRows; }
+  SIMMIM_FAST_HOST_DEVICE int64_t chunks() const { return ceil_div(rows, kChunkRows); }
   // Divisions in 32 bits, which GPUs have no slow subroutine for.
   SIMMIM_FAST_HOST_DEVICE int64_t channel(int64_t row) const { return narrow(row) / narrow(height) % narrow(channels); }
   SIMMIM_FAST_HOST_DEVICE const bool* mask_row(int64_t row) const {
@@ -145,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& prediction, const Tenso
   const Tensor loss = allocate({}, compute), scale = allocate({}, compute);
   const Tensor sign = keep_sign ? torch::stable::new_empty(prediction, prediction.sizes(), ScalarType::Char)
                                 : allocate({0}, ScalarType::Char);
-  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  const int64_t chunks = ceil_div(rows, kChunkRows);
   const Tensor sums = allocate({chunks}, ScalarType::Double), counts = allocate({chunks}, ScalarType::Long);
   dispatch(dtype, towards.scalar_type(), [&](auto prediction_type, auto target_type) {
     using P = typename decltype(prediction_type)::type;

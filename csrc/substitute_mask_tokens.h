@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "integers.h"
 
 namespace simmim_fast::substitute_mask_tokens {
 
@@ -36,7 +37,7 @@ struct Chunks {
   int64_t of_positions;  // chunks along the positions
 
   Chunks(int64_t images, int64_t positions)
-      : of_images((images + kImages - 1) / kImages), of_positions((positions + kPositions - 1) / kPositions) {}
+      : of_images(ceil_div(images, kImages)), of_positions(ceil_div(positions, kPositions)) {}
 
   int64_t count() const { return of_images * of_positions; }
 };

@@ -4,13 +4,7 @@
 
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SIMMIM_FAST_HOST_DEVICE __host__ __device__
-#else
-#define SIMMIM_FAST_HOST_DEVICE
-#endif
+#include "integers.h"
 
 namespace simmim_fast {
 

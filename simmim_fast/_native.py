@@ -105,8 +105,9 @@ def runs_on(capability: tuple[int, int]) -> bool:
 
 
 def simd_level() -> str | None:
-    """The vector instructions that the CPU kernels use on this processor; None where nothing is compiled.
+    """The vector instructions that the CPU kernels use in this process; None where nothing is compiled.
 
-    "avx512_bf16", "avx512" (x86-64-v4), "avx2" (x86-64-v3) or "baseline".
+    "avx512_bf16", "avx512" (x86-64-v4), "avx2" (x86-64-v3) or "baseline": the highest that the processor has and that
+    ATEN_CPU_CAPABILITY ("default", "avx2", "avx512" or "avx512_bf16") allowed on import.
     """
     return None if _C is None else _C.simd_level()

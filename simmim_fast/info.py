@@ -17,15 +17,17 @@ from simmim_fast import _native
 from simmim_fast._backends import BACKENDS, ENVIRONMENT_VARIABLE, NO_CUDA_DEVICE, Op, choose, refusal
 from simmim_fast.ops import OPS
 
+_ENVIRONMENT = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
+
 
 def collect() -> dict[str, Any]:
     """Facts about this installation, as JSON has them.
 
     Returns:
         "versions": of simmim_fast, python, torch, triton, CUDA (of torch) and the driver; None where absent.
-        "native": the compiled library, as `_native.build_info` has it, with "simd", the level this processor runs at.
+        "native": the compiled library, as `_native.build_info` has it, with "simd", the level of the CPU kernels.
         "gpus": name, compute capability and GiB of each.
-        "environment": what SIMMIM_FAST_BACKEND and TRITON_INTERPRET are set to.
+        "environment": what SIMMIM_FAST_BACKEND, TRITON_INTERPRET and ATEN_CPU_CAPABILITY are set to.
         "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", or None), why there
         is none ("error", or None) and why each backend that is off is off ("off").
     """
@@ -33,7 +35,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "native": {**_native.build_info(), "simd": _native.simd_level()},
         "gpus": _gpus(),
-        "environment": {name: os.environ.get(name) for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")},
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
         "ops": {name: {device: _backends(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
     }
 

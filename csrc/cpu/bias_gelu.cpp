@@ -1,5 +1,5 @@
 // The operator bias_gelu on the CPU: checks, allocation, choice of the SIMD level, sums over chunks.
-// The kernels are compiled once per level, in bias_gelu_<level>.cpp.
+// The kernels are compiled once per level, in bias_gelu_kernels.cpp.
 
 #include "cpu/bias_gelu.h"
 
@@ -12,16 +12,6 @@
 
 namespace simmim_fast::bias_gelu {
 namespace {
-
-template <typename T>
-Kernels<T> kernels() {
-#if SIMMIM_FAST_HAS_SIMD
-  if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::bias_gelu_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::bias_gelu_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::bias_gelu_kernels<T>();
-#endif
-  return baseline::bias_gelu_kernels<T>();
-}
 
 ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
@@ -39,8 +29,9 @@ Tensor forward_cpu(const Tensor& x, const Tensor& bias) {
     using T = typename decltype(type)::type;
     const ForwardArgs<T> args{from.const_data_ptr<T>(), offset.const_data_ptr<Accumulator<T>>(),
                               out.mutable_data_ptr<T>(), channels};
-    torch::stable::parallel_for(0, x.numel() / channels, grain(channels),
-                                [&](int64_t begin, int64_t end) { kernels<T>().forward(args, begin, end); });
+    torch::stable::parallel_for(0, x.numel() / channels, grain(channels), [&](int64_t begin, int64_t end) {
+      choose_kernels<Kernels<T>>().forward(args, begin, end);
+    });
   });
   return out;
 }
@@ -70,8 +61,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x,
       partials = torch::stable::new_empty(x, {args.chunks(), channels}, sums);
       args.partials = partials.mutable_data_ptr<Accumulator<T>>();
     }
-    torch::stable::parallel_for(0, args.chunks(), 1,
-                                [&](int64_t begin, int64_t end) { kernels<T>().backward(args, begin, end); });
+    torch::stable::parallel_for(0, args.chunks(), 1, [&](int64_t begin, int64_t end) {
+      choose_kernels<Kernels<T>>().backward(args, begin, end);
+    });
   });
   return {x_dtype ? dense(grad_x, *x_dtype) : nothing,
           bias_dtype ? dense(sum_partials(partials), *bias_dtype) : nothing};

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "integers.h"
 
 namespace simmim_fast::bias_gelu {
 
@@ -29,27 +30,16 @@ struct BackwardArgs {
 
   // Rows that one unit adds up; by the shape alone, so that sums repeat.
   int64_t chunk_rows() const { return std::clamp<int64_t>(32768 / channels, 16, 256); }
-  int64_t chunks() const { return (rows + chunk_rows() - 1) / chunk_rows(); }
+  int64_t chunks() const { return ceil_div(rows, chunk_rows()); }
 };
 
 template <typename T>
 struct Kernels {
   void (*forward)(const ForwardArgs<T>& args, int64_t begin, int64_t end);    // rows [begin, end)
   void (*backward)(const BackwardArgs<T>& args, int64_t begin, int64_t end);  // chunks
+
+  template <Simd kAt>
+  static Kernels at();
 };
 
 }  // namespace simmim_fast::bias_gelu
-
-// Compiled once per level, in files of their own.
-#define SIMMIM_FAST_DECLARE_LEVEL(level)     \
-  namespace simmim_fast::level {             \
-  template <typename T>                      \
-  bias_gelu::Kernels<T> bias_gelu_kernels(); \
-  }
-SIMMIM_FAST_DECLARE_LEVEL(baseline)
-#if SIMMIM_FAST_HAS_SIMD
-SIMMIM_FAST_DECLARE_LEVEL(avx2)
-SIMMIM_FAST_DECLARE_LEVEL(avx512)
-SIMMIM_FAST_DECLARE_LEVEL(avx512_bf16)
-#endif
-#undef SIMMIM_FAST_DECLARE_LEVEL

@@ -11,20 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/grain.h"
+
 namespace simmim_fast::biased_attention {
 namespace {
-
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-
-template <typename T>
-Kernels<T> kernels() {
-#if SIMMIM_FAST_HAS_SIMD
-  if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::biased_attention_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::biased_attention_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::biased_attention_kernels<T>();
-#endif
-  return baseline::biased_attention_kernels<T>();
-}
 
 // Every query names a token, and no token is named twice.
 void check_queries(const Tensor& queries, int64_t tokens) {
@@ -82,8 +72,7 @@ struct Inputs {
 
 template <typename F>
 void for_rows(int64_t rows, int64_t row_elements, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_elements));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(row_elements), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) f(row);
   });
 }
@@ -155,7 +144,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const std::optional<Tensor
   if (out.numel() == 0) return {out, lse};
   dispatch_floating(inputs.qkv.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Kernels<T> level = kernels<T>();
+    const Kernels<T> level = choose_kernels<Kernels<T>>();
     const int64_t key_stride = round_up(inputs.tokens, level.lanes);
     const Tensor padded = padded_bias<Accumulator<T>>(inputs, key_stride);
     const ForwardArgs<T> args{arguments<T>(inputs, padded, key_stride), out.mutable_data_ptr<T>(),
@@ -182,7 +171,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& qkv, c
   dispatch_floating(inputs.qkv.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using Sum = Accumulator<T>;
-    const Kernels<T> level = kernels<T>();
+    const Kernels<T> level = choose_kernels<Kernels<T>>();
     const int64_t key_stride = round_up(inputs.tokens, level.lanes);
     const Tensor padded = padded_bias<Sum>(inputs, key_stride);
     BackwardArgs<T> args{

@@ -6,14 +6,12 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "integers.h"
 
 namespace simmim_fast::biased_attention {
 
 constexpr int64_t kChunkImages = 4;  // images whose gradients of the bias one unit of the backward adds up
 constexpr double kLog2E = 1.4426950408889634;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 template <typename T>
 struct Args {
@@ -55,20 +53,9 @@ struct Kernels {
   int64_t lanes;                                                            // of a vector of Sum
   void (*forward)(const ForwardArgs<T>& args, int64_t begin, int64_t end);  // units [begin, end)
   void (*backward)(const BackwardArgs<T>& args, int64_t begin, int64_t end);
+
+  template <Simd kAt>
+  static Kernels at();
 };
 
 }  // namespace simmim_fast::biased_attention
-
-// Compiled once per level, in files of their own.
-#define SIMMIM_FAST_DECLARE_LEVEL(level)                   \
-  namespace simmim_fast::level {                           \
-  template <typename T>                                    \
-  biased_attention::Kernels<T> biased_attention_kernels(); \
-  }
-SIMMIM_FAST_DECLARE_LEVEL(baseline)
-#if SIMMIM_FAST_HAS_SIMD
-SIMMIM_FAST_DECLARE_LEVEL(avx2)
-SIMMIM_FAST_DECLARE_LEVEL(avx512)
-SIMMIM_FAST_DECLARE_LEVEL(avx512_bf16)
-#endif
-#undef SIMMIM_FAST_DECLARE_LEVEL

@@ -5,26 +5,11 @@
 
 #pragma once
 
-#include <new>
-
+#include "cpu/buffer.h"
 #include "cpu/tile_product.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
-
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  operator T*() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 template <class Math>
 struct Operands;

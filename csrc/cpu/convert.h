@@ -1,4 +1,5 @@
 // bfloat16 to float32 and back in integer arithmetic, which the compiler turns into vectors.
+// Included inside one file per SIMD level, as vector.h.
 
 #pragma once
 
@@ -7,7 +8,7 @@
 
 #include "checks.h"
 
-namespace simmim_fast {
+namespace simmim_fast::SIMMIM_FAST_LEVEL {
 
 // The value in the type in which it is summed: float32, or float64 for float64.
 template <typename T>
@@ -36,4 +37,4 @@ inline __attribute__((always_inline)) T narrow(Accumulator<T> value) {
   }
 }
 
-}  // namespace simmim_fast
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL

@@ -1,5 +1,5 @@
-// What linear_masked_loss computes on the CPU, and where: sizes, the tokens with a masked pixel, and the pixels of an
-// output. No arithmetic on floats.
+// What the operator linear_masked_loss and the kernels of each SIMD level share: sizes, and the tokens with a masked
+// pixel. Formulas: simmim_fast/ops/linear_masked_loss.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/simd.h"
 #include "masked_loss.h"
 
 namespace simmim_fast::linear_masked_loss {
@@ -69,22 +70,52 @@ inline std::pair<std::vector<Row>, int64_t> find_rows(const Sizes& sizes, const 
   return {std::move(rows), all};
 }
 
-// Neighbouring outputs of a token that are neighbouring pixels.
-struct Segment {
-  int64_t output, count;
-  int64_t channel, y, x;  // within the token
+enum class Loss : int64_t { kL1, kL2, kSmoothL1 };
+
+// Slopes are those of the loss at the prediction: int8 for L1, else of F.
+template <typename F>
+struct ForwardArgs {
+  using Compute = Accumulator<F>;
+
+  const Row* rows;
+  int64_t row_count;
+  const F* features;    // (batch, height, width, depth)
+  const F* weight;      // (outputs, depth)
+  const Compute* bias;  // (outputs)
+  const void* target;   // (batch, channels, height stride, width stride) of bytes, or of Compute
+  bool bytes;           // whether the target is
+  const bool* mask;     // (batch, mask height, mask width)
+  const Compute* mean;  // (channels) or null
+  const Compute* std;   // (channels) or null
+  void* slope;          // (batch, slots, outputs) or null
+  Loss loss;
+  Sizes sizes;
 };
 
-inline std::vector<Segment> segments_of(const Sizes& sizes, int64_t begin, int64_t end) {
-  std::vector<Segment> segments;
-  const int64_t stride = sizes.stride;
-  for (int64_t output = begin, count; output < end; output += count) {
-    const int64_t x = output % stride;
-    count = std::min(stride - x, end - output);
-    segments.push_back({output, count, output / (stride * stride), output / stride % stride, x});
-  }
-  return segments;
-}
+template <typename F>
+struct BackwardArgs {
+  const Row* rows;
+  int64_t row_count;
+  const F* features;  // (batch, height, width, depth)
+  const F* weight;    // (outputs, depth)
+  const void* slope;  // (batch, slots, outputs)
+  Accumulator<F> factor;
+  F* grad_features;  // like features, or null: rows of tokens that are not computed are left alone
+  F* grad_weight;    // like weight, or null
+  F* grad_bias;      // (outputs) or null
+  Loss loss;
+  Sizes sizes;
+};
+
+// They split their work among threads themselves.
+template <typename F>
+struct Kernels {
+  double (*forward)(const ForwardArgs<F>& args);  // the sum of the losses of all masked pixels; fills the slopes
+  void (*backward)(const BackwardArgs<F>& args);
+
+  template <Simd kAt>
+  static Kernels at();
+};
 
 inline Sizes check_sizes(const Tensor& features, const Tensor& weight, const Tensor& mask,
                          const std::optional<Tensor>& tokens, int64_t channels, int64_t patch) {

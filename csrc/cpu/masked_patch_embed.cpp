@@ -1,5 +1,5 @@
 // The operator masked_patch_embed on the CPU: checks, allocation, choice of the SIMD level, sums over chunks.
-// The kernels are compiled once per level, in masked_patch_embed_<level>.cpp.
+// The kernels are compiled once per level, in masked_patch_embed_kernels.cpp.
 
 #include "cpu/masked_patch_embed.h"
 
@@ -11,24 +11,14 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "cpu/sum_partials.h"
+
 namespace simmim_fast::masked_patch_embed {
 namespace {
-
-constexpr int64_t kGrain = 32768;  // numbers that are worth a thread
 
 using MaybeTensor = std::optional<Tensor>;
 using MaybeDtype = std::optional<ScalarType>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <typename T>
-Kernels<T> kernels() {
-#if SIMMIM_FAST_HAS_SIMD
-  if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::masked_patch_embed_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::masked_patch_embed_kernels<T>();
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::masked_patch_embed_kernels<T>();
-#endif
-  return baseline::masked_patch_embed_kernels<T>();
-}
 
 // Calls f(Type<T>): T is bfloat16 where operands may be, else the dtype of the sums.
 template <typename F>
@@ -36,10 +26,6 @@ void dispatch(ScalarType compute, ScalarType out, F&& f) {
   if (out == ScalarType::Double) return f(Type<double>{});
   if (compute == ScalarType::BFloat16) return f(Type<BFloat16>{});
   f(Type<float>{});
-}
-
-int64_t grain(int64_t numbers_per_step) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers_per_step));
 }
 
 // Every visible token is listed, and there. Python's ValueError otherwise.
@@ -96,7 +82,7 @@ class Prepared {
 
   // `projects` tells whether the weight is needed.
   Prepared(const Inputs& in, bool projects)
-      : kernels_(kernels<T>()), weight_(dense(in.weight, kSum)), args_(make_args(in)) {
+      : kernels_(choose_kernels<Kernels<T>>()), weight_(dense(in.weight, kSum)), args_(make_args(in)) {
     args_.bias = padded(in.bias);
     if (in.norm_weight) args_.norm_weight = padded(*in.norm_weight);
     if (in.norm_bias) args_.norm_bias = padded(*in.norm_bias);
@@ -184,21 +170,8 @@ Tensor forward_cpu(const Tensor& image, const Tensor& mask, const Tensor& weight
   return out;
 }
 
-// Row r, columns [0, width) of partial sums (count, rows, stride), added up in the order of the chunks in float64.
-template <typename Sum>
-void sum_chunks(const Sum* partials, int64_t count, int64_t rows, int64_t stride, Sum* to, int64_t width) {
-  torch::stable::parallel_for(0, rows, grain(count * width), [&](int64_t begin, int64_t end) {
-    std::vector<double> sums(width);
-    for (int64_t row = begin; row < end; ++row) {
-      std::fill(sums.begin(), sums.end(), 0.0);
-      for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const Sum* from = partials + (chunk * rows + row) * stride;
-        for (int64_t i = 0; i < width; ++i) sums[i] += from[i];
-      }
-      std::transform(sums.begin(), sums.end(), to + row * width, [](double sum) { return Sum(sum); });
-    }
-  });
-}
+// The first `size` numbers of each row, the last axis.
+Tensor leading(Tensor rows, int64_t size) { return torch::stable::narrow(rows, rows.dim() - 1, 0, size); }
 
 std::vector<int64_t> visible_tokens(const Tensor& mask) {
   const bool* hidden = mask.const_data_ptr<bool>();
@@ -233,7 +206,10 @@ class Backward {
     }
     if (sums_rows()) parallel(args_.row_chunks(), 1, prepared_.table().backward_rows);
     const auto weight = [&] { return weight_gradient(weight_shape); };
-    const auto row_sum = [&](int64_t which) { return [&, which] { return row_gradient(row_sums, which); }; };
+    const Tensor rows = sums_rows() ? sum_partials(row_sums) : Tensor();
+    const auto row_sum = [&](int64_t which) {
+      return [&, which] { return leading(torch::stable::select(rows, 0, which), args_.channels); };
+    };
     const auto token_gradients = sum_tokens();
     return {wanted(0, weight),
             wanted(1, row_sum(0)),
@@ -265,34 +241,19 @@ class Backward {
   }
 
   Tensor weight_gradient(const IntHeaderOnlyArrayRef& shape) {
-    const int64_t groups = args_.groups(), stride = args_.number_stride();
-    const Tensor partials = sums(true, {groups, args_.channels, stride}, args_.weight_sums);
+    const int64_t groups = args_.groups();
+    const Tensor partials = sums(true, {groups, args_.channels, args_.number_stride()}, args_.weight_sums);
     parallel(groups * args_.blocks(), 1, prepared_.table().backward_weight);
-    const Tensor gradient = torch::stable::new_empty(grad_out_, shape, prepared_.kSum);
-    sum_chunks(args_.weight_sums, groups, args_.channels, stride, gradient.template mutable_data_ptr<Sum>(),
-               args_.numbers());
-    return gradient;
-  }
-
-  Tensor row_gradient(const Tensor& row_sums, int64_t which) const {
-    const int64_t stride = args_.channel_stride();
-    const Tensor gradient = torch::stable::new_empty(grad_out_, {args_.channels}, prepared_.kSum);
-    sum_chunks(row_sums.template const_data_ptr<Sum>() + which * stride, args_.row_chunks(), 1, 3 * stride,
-               gradient.template mutable_data_ptr<Sum>(), args_.channels);
-    return gradient;
+    return torch::stable::reshape(leading(sum_partials(partials), args_.numbers()), shape);
   }
 
   // Gradients of mask_token and pos_embed.
   std::pair<Tensor, Tensor> sum_tokens() {
     if (!dtypes_[4] && !dtypes_[5]) return {};
     const Tensor positions = sums(bool(dtypes_[5]), {args_.grid_h, args_.grid_w, args_.channels}, args_.pos_sums);
-    const int64_t chunks = args_.token_chunks(), stride = args_.channel_stride();
-    const Tensor partials = sums(bool(dtypes_[4]), {chunks, stride}, args_.token_sums);
-    parallel(chunks, 1, prepared_.table().backward_tokens);
-    if (!dtypes_[4]) return {Tensor(), positions};
-    const Tensor token = torch::stable::new_empty(grad_out_, {args_.channels}, prepared_.kSum);
-    sum_chunks(args_.token_sums, chunks, 1, stride, token.template mutable_data_ptr<Sum>(), args_.channels);
-    return {token, positions};
+    const Tensor partials = sums(bool(dtypes_[4]), {args_.token_chunks(), args_.channel_stride()}, args_.token_sums);
+    parallel(args_.token_chunks(), 1, prepared_.table().backward_tokens);
+    return {dtypes_[4] ? leading(sum_partials(partials), args_.channels) : Tensor(), positions};
   }
 
   const Tensor& grad_out_;

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "integers.h"
 
 namespace simmim_fast::masked_patch_embed {
 
@@ -16,9 +17,6 @@ constexpr int64_t kChunkTokens = 256;       // tokens whose gradients of the mas
 constexpr int64_t kBlockChannels = 48;      // channels of the weight whose gradient is one unit
 constexpr int64_t kGroupRows = 1024;        // rows of a group, whose gradients of the weight add up, at the least
 constexpr int64_t kGroupNumbers = 1 << 21;  // numbers of the groups' gradients of the weight together, at the most
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 // How a SIMD level lays out operands.
 struct Layout {
@@ -103,20 +101,9 @@ struct Kernels {
   void (*backward_rows)(const BackwardArgs<T>& args, int64_t begin, int64_t end);    // chunks of rows
   void (*backward_weight)(const BackwardArgs<T>& args, int64_t begin, int64_t end);  // groups x blocks
   void (*backward_tokens)(const BackwardArgs<T>& args, int64_t begin, int64_t end);  // chunks of tokens
+
+  template <Simd kAt>
+  static Kernels at();
 };
 
 }  // namespace simmim_fast::masked_patch_embed
-
-// Compiled once per level, in files of their own. T is float, double or BFloat16.
-#define SIMMIM_FAST_DECLARE_LEVEL(level)                       \
-  namespace simmim_fast::level {                               \
-  template <typename T>                                        \
-  masked_patch_embed::Kernels<T> masked_patch_embed_kernels(); \
-  }
-SIMMIM_FAST_DECLARE_LEVEL(baseline)
-#if SIMMIM_FAST_HAS_SIMD
-SIMMIM_FAST_DECLARE_LEVEL(avx2)
-SIMMIM_FAST_DECLARE_LEVEL(avx512)
-SIMMIM_FAST_DECLARE_LEVEL(avx512_bf16)
-#endif
-#undef SIMMIM_FAST_DECLARE_LEVEL

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 
+#include "cpu/buffer.h"
 #include "cpu/masked_patch_embed.h"
 #include "cpu/tile_product.h"
 #include "cpu/vector_rows.h"
@@ -15,7 +15,6 @@ namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
 
 using masked_patch_embed::Args;
-using masked_patch_embed::ceil_div;
 
 constexpr int64_t kTileRows = 48;
 template <typename Sum>
@@ -28,22 +27,6 @@ void with_dtype(ScalarType dtype, F&& f) {
     if constexpr (std::is_same_v<Accumulator<typename decltype(type)::type>, Sum>) f(type);
   });
 }
-
-// Uninitialised memory, aligned to vectors.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  T* get() const { return data_; }
-  operator T*() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 // How rows of numbers, (rows, stride), become operands of products along the numbers or along the rows.
 template <class Math>

@@ -1,5 +1,5 @@
 // The operator residual_layer_norm on the CPU: checks, allocation, choice of the SIMD level, sums over chunks.
-// The kernels are compiled once per level, in residual_layer_norm_<level>.cpp.
+// The kernels are compiled once per level, in residual_layer_norm_kernels.cpp.
 
 #include "cpu/residual_layer_norm.h"
 
@@ -17,16 +17,6 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 using MaybeDtype = std::optional<ScalarType>;
-
-template <typename Stream, typename Branch>
-Kernels<Stream, Branch> kernels() {
-#if SIMMIM_FAST_HAS_SIMD
-  if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::residual_layer_norm_kernels<Stream, Branch>();
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::residual_layer_norm_kernels<Stream, Branch>();
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::residual_layer_norm_kernels<Stream, Branch>();
-#endif
-  return baseline::residual_layer_norm_kernels<Stream, Branch>();
-}
 
 ScalarType sum_dtype(ScalarType stream) { return stream == ScalarType::Double ? stream : ScalarType::Float; }
 
@@ -134,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const Ma
                                            mean.mutable_data_ptr<Sum>(),
                                            rstd.mutable_data_ptr<Sum>(),
                                            Sum(eps)};
-    const auto table = kernels<Stream, Branch>();
+    const auto table = choose_kernels<Kernels<Stream, Branch>>();
     const auto kernel = norms_delta ? table.forward_norms_delta : table.forward;
     torch::stable::parallel_for(0, args.rows, grain(args.channels),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -211,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     args.weight_partials = mutable_data<Sum>(weights);
     args.bias_partials = mutable_data<Sum>(biases);
     args.gamma_partials = mutable_data<Sum>(gammas);
-    const auto table = kernels<Stream, Branch>();
+    const auto table = choose_kernels<Kernels<Stream, Branch>>();
     const auto kernel = norms_delta ? table.backward_norms_delta : table.backward;
     torch::stable::parallel_for(0, args.chunks(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });

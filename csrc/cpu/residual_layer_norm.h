@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "integers.h"
 
 namespace simmim_fast::residual_layer_norm {
 
@@ -56,7 +57,7 @@ struct BackwardArgs : Args<Stream, Branch> {
 
   // Rows that one unit adds up; by the shape alone, so that sums repeat.
   int64_t chunk_rows() const { return std::clamp<int64_t>(32768 / this->channels, 16, 256); }
-  int64_t chunks() const { return (this->rows + chunk_rows() - 1) / chunk_rows(); }
+  int64_t chunks() const { return ceil_div(this->rows, chunk_rows()); }
 };
 
 template <typename Stream, typename Branch>
@@ -68,20 +69,9 @@ struct Kernels {
   Backward backward;            // chunks
   Forward forward_norms_delta;  // the same where delta is normalised
   Backward backward_norms_delta;
+
+  template <Simd kAt>
+  static Kernels at();
 };
 
 }  // namespace simmim_fast::residual_layer_norm
-
-// Compiled once per level, in files of their own. Branch is Stream, or a half type beside float.
-#define SIMMIM_FAST_DECLARE_LEVEL(level)                                      \
-  namespace simmim_fast::level {                                              \
-  template <typename Stream, typename Branch>                                 \
-  residual_layer_norm::Kernels<Stream, Branch> residual_layer_norm_kernels(); \
-  }
-SIMMIM_FAST_DECLARE_LEVEL(baseline)
-#if SIMMIM_FAST_HAS_SIMD
-SIMMIM_FAST_DECLARE_LEVEL(avx2)
-SIMMIM_FAST_DECLARE_LEVEL(avx512)
-SIMMIM_FAST_DECLARE_LEVEL(avx512_bf16)
-#endif
-#undef SIMMIM_FAST_DECLARE_LEVEL

@@ -1,5 +1,5 @@
 // shifted_window_attention on the CPU: checks, allocation, choice of the SIMD level, sums over the chunks.
-// The kernels are compiled once per level, in shifted_window_attention_<level>.cpp.
+// The kernels are compiled once per level, in shifted_window_attention_kernels.cpp.
 
 #include "cpu/shifted_window_attention.h"
 
@@ -7,12 +7,11 @@
 
 #include <array>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
+
+#include "cpu/sum_partials.h"
 
 namespace simmim_fast::shifted_window_attention {
 namespace {
@@ -69,20 +68,6 @@ Inputs make_inputs(const Tensor& qkv, const Tensor& bias_table, const std::optio
   if (pad_value) in.pad_value = dense(*pad_value, dtype);
   if (queries) in.queries = dense(*queries);
   return in;
-}
-
-// The widest level that the processor has, and that ATEN_CPU_CAPABILITY (default, avx2 or avx512) allows, as in torch.
-template <typename T>
-Kernels<T> choose_kernels() {
-#if SIMMIM_FAST_HAS_SIMD
-  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string most = wish ? wish : "";
-  if (most.empty() && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::shifted_window_attention_kernels<T>();
-  if ((most.empty() || most == "avx512") && __builtin_cpu_supports("x86-64-v4"))
-    return avx512::shifted_window_attention_kernels<T>();
-  if (most != "default" && __builtin_cpu_supports("x86-64-v3")) return avx2::shifted_window_attention_kernels<T>();
-#endif
-  return baseline::shifted_window_attention_kernels<T>();
 }
 
 // Owns what Args points to beside the caller's tensors.
@@ -166,25 +151,12 @@ Tensor forward_cpu(const Tensor& qkv, const Tensor& bias_table, const std::optio
   if (out.numel() == 0) return out;
   dispatch_floating(in.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Kernels<T> kernels = choose_kernels<T>();
+    const Kernels<T> kernels = choose_kernels<Kernels<T>>();
     const Prepared<T> prepared(in, kernels);
     const ForwardArgs<T> args{prepared.args(in), out.mutable_data_ptr<T>()};
     torch::stable::parallel_for(0, args.units(), 1,
                                 [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
   });
-  return out;
-}
-
-// Adds up (chunks, ...) sums in the order of the chunks, in float64.
-template <typename Sum>
-Tensor sum_chunks(const Tensor& partial) {
-  const Tensor out = torch::stable::new_empty(partial, partial.sizes().slice(1));
-  const Sum* from = partial.const_data_ptr<Sum>();
-  Sum* to = out.mutable_data_ptr<Sum>();
-  std::vector<double> sums(out.numel(), 0.0);
-  for (int64_t chunk = 0; chunk < partial.size(0); ++chunk)
-    for (size_t i = 0; i < sums.size(); ++i) sums[i] += from[chunk * sums.size() + i];
-  for (size_t i = 0; i < sums.size(); ++i) to[i] = Sum(sums[i]);
   return out;
 }
 
@@ -227,7 +199,7 @@ template <typename T>
 Gradients run_backward(const Inputs& in, const Tensor& grad_out, const Wanted& wanted,
                        const std::array<ScalarType, 3>& dtypes) {
   using Sum = Accumulator<T>;
-  const Kernels<T> kernels = choose_kernels<T>();
+  const Kernels<T> kernels = choose_kernels<Kernels<T>>();
   const Prepared<T> prepared(in, kernels);
   Tensor grad_qkv = torch::stable::new_empty(in.qkv, in.qkv.sizes());
   BackwardArgs<T> args{prepared.args(in), grad_out.const_data_ptr<T>(), grad_qkv.mutable_data_ptr<T>()};
@@ -242,14 +214,13 @@ Gradients run_backward(const Inputs& in, const Tensor& grad_out, const Wanted& w
                                 [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
   const auto unwanted = [&] { return torch::stable::new_empty(grad_out, {0}); };
   Gradients gradients{grad_qkv, unwanted(), unwanted(), unwanted()};
-  if (wanted.table)
-    std::get<1>(gradients) = dense(torch::stable::transpose(sum_chunks<Sum>(sums.table), 0, 1), dtypes[0]);
+  if (wanted.table) std::get<1>(gradients) = dense(torch::stable::transpose(sum_partials(sums.table), 0, 1), dtypes[0]);
   if (wanted.logit_scale) {
-    const Tensor gradient = sum_chunks<Sum>(sums.factor);
+    const Tensor gradient = sum_partials(sums.factor);
     clamp_gradient<Sum>(in, gradient);
     std::get<2>(gradients) = dense(gradient, dtypes[1]);
   }
-  if (wanted.pad_value) std::get<3>(gradients) = dense(sum_chunks<Sum>(sums.pad), dtypes[2]);
+  if (wanted.pad_value) std::get<3>(gradients) = dense(sum_partials(sums.pad), dtypes[2]);
   return gradients;
 }
 

@@ -5,15 +5,13 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "integers.h"
 #include "window.h"
 
 namespace simmim_fast::shifted_window_attention {
 
 constexpr int64_t kHeadsPerUnit = 4;  // heads that one unit of work covers
 constexpr int64_t kChunkWindows = 8;  // windows, of any images, whose sums one unit of the backward adds up
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 template <typename T>
 struct Args {
@@ -61,20 +59,9 @@ struct Kernels {
   int64_t lanes;                                                            // of a vector of Sum
   void (*forward)(const ForwardArgs<T>& args, int64_t begin, int64_t end);  // units [begin, end)
   void (*backward)(const BackwardArgs<T>& args, int64_t begin, int64_t end);
+
+  template <Simd kAt>
+  static Kernels at();
 };
 
 }  // namespace simmim_fast::shifted_window_attention
-
-// Compiled once per level, in files of their own.
-#define SIMMIM_FAST_DECLARE_LEVEL(level)                                   \
-  namespace simmim_fast::level {                                           \
-  template <typename T>                                                    \
-  shifted_window_attention::Kernels<T> shifted_window_attention_kernels(); \
-  }
-SIMMIM_FAST_DECLARE_LEVEL(baseline)
-#if SIMMIM_FAST_HAS_SIMD
-SIMMIM_FAST_DECLARE_LEVEL(avx2)
-SIMMIM_FAST_DECLARE_LEVEL(avx512)
-SIMMIM_FAST_DECLARE_LEVEL(avx512_bf16)
-#endif
-#undef SIMMIM_FAST_DECLARE_LEVEL

@@ -10,10 +10,9 @@
 #include "cpu/shifted_window_attention.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
+namespace {
 
 using shifted_window_attention::Args;
-using shifted_window_attention::ceil_div;
-using shifted_window_attention::round_up;
 
 constexpr int64_t kCacheLine = 64;
 constexpr double kSmallestNorm = 1e-12;
@@ -248,4 +247,5 @@ class Tile {
   }
 };
 
+}  // namespace
 }  // namespace simmim_fast::SIMMIM_FAST_LEVEL

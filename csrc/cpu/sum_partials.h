@@ -1,4 +1,4 @@
-// The second stage of sums over chunks, and how much work is worth a thread.
+// The second stage of sums over chunks.
 
 #pragma once
 
@@ -7,20 +7,14 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "cpu/simd.h"
+#include "cpu/grain.h"
 
 namespace simmim_fast {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-
-int64_t grain(int64_t elements_per_step) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_step));
-}
-
 // Columns [begin, end) of partials (count, width), summed in float64 in the order of the chunks.
 template <typename T>
-SIMMIM_FAST_SIMD void sum_columns(const T* partials, T* out, int64_t count, int64_t width, int64_t begin, int64_t end) {
+void sum_columns(const T* partials, T* out, int64_t count, int64_t width, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 64;  // columns whose sums stay in registers or the first cache
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t size = std::min(kBlock, end - first);

@@ -41,6 +41,7 @@ struct Product {
   typename Math::Sum* c;
   int64_t c_stride;
   int64_t rows, vectors, depth;  // rows and vectors of c, operands along k
+  bool add = false;              // to what is in c
 };
 
 template <class Math, bool kTransposed, int64_t kStride>
@@ -53,7 +54,13 @@ struct Multiply {
     const int64_t a_stride = kStride ? kStride : p.a_stride;
     const Operand* a = p.a + (kTransposed ? row : row * a_stride);
     const Operand* b = p.b + vector * kLanes<Operand>;
+    Sum* c = p.c + row * p.c_stride + vector * kLanes<Sum>;
     Vec<Sum> sums[kRows][kVectors] = {};
+    if (p.add)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * p.c_stride + v * kLanes<Sum>);
     for (int64_t k = 0; k < p.depth; ++k, a += kTransposed ? a_stride : 1, b += p.b_stride) {
       Vec<Operand> columns[kVectors];
 #pragma GCC unroll 4
@@ -65,7 +72,6 @@ struct Multiply {
         for (int v = 0; v < kVectors; ++v) Math::multiply_add(sums[r][v], factor, columns[v]);
       }
     }
-    Sum* c = p.c + row * p.c_stride + vector * kLanes<Sum>;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

@@ -1,7 +1,5 @@
 // Forward and backward of residual_layer_norm over ranges of work.
-// Included inside one file per SIMD level, as vector.h.
-
-#pragma once
+// Compiled once per SIMD level.
 
 #include <cmath>
 #include <vector>
@@ -150,18 +148,23 @@ void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t e
 }
 
 }  // namespace
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+
+namespace simmim_fast::residual_layer_norm {
 
 template <typename Stream, typename Branch>
-residual_layer_norm::Kernels<Stream, Branch> residual_layer_norm_kernels() {
-  return {&forward<Stream, Branch>, &backward<Stream, Branch, false>, &forward_norms_delta<Stream, Branch>,
-          &backward<Stream, Branch, true>};
+template <Simd kAt>
+Kernels<Stream, Branch> Kernels<Stream, Branch>::at() {
+  namespace level = SIMMIM_FAST_LEVEL;
+  return {&level::forward<Stream, Branch>, &level::backward<Stream, Branch, false>,
+          &level::forward_norms_delta<Stream, Branch>, &level::backward<Stream, Branch, true>};
 }
 
-template residual_layer_norm::Kernels<float, float> residual_layer_norm_kernels();
-template residual_layer_norm::Kernels<double, double> residual_layer_norm_kernels();
-template residual_layer_norm::Kernels<BFloat16, BFloat16> residual_layer_norm_kernels();
-template residual_layer_norm::Kernels<Half, Half> residual_layer_norm_kernels();
-template residual_layer_norm::Kernels<float, BFloat16> residual_layer_norm_kernels();
-template residual_layer_norm::Kernels<float, Half> residual_layer_norm_kernels();
+template Kernels<float, float> Kernels<float, float>::at<kLevel>();
+template Kernels<double, double> Kernels<double, double>::at<kLevel>();
+template Kernels<BFloat16, BFloat16> Kernels<BFloat16, BFloat16>::at<kLevel>();
+template Kernels<Half, Half> Kernels<Half, Half>::at<kLevel>();
+template Kernels<float, BFloat16> Kernels<float, BFloat16>::at<kLevel>();
+template Kernels<float, Half> Kernels<float, Half>::at<kLevel>();
 
-}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+}  // namespace simmim_fast::residual_layer_norm

@@ -1,8 +1,6 @@
 // Forward and backward of biased_attention over units of work: one head of one image (forward) or of a chunk of images
 // (backward), a block of rows at a time. Keys, values and a block's logits stay in the second-level cache.
-// Included inside one file per SIMD level, as vector.h.
-
-#pragma once
+// Compiled once per SIMD level.
 
 #include "cpu/biased_attention.h"
 #include "cpu/biased_attention_operands.h"
@@ -54,10 +52,10 @@ class Head {
 
   explicit Head(const Args<T>& args)
       : args(args),
-        depth(biased_attention::ceil_div(args.head_size, Math::kPer)),
-        row_stride(biased_attention::round_up(depth, kVector)),
-        head_stride(biased_attention::round_up(args.head_size, kVector)),
-        key_operands(biased_attention::ceil_div(args.tokens, Math::kPer)),
+        depth(ceil_div(args.head_size, Math::kPer)),
+        row_stride(round_up(depth, kVector)),
+        head_stride(round_up(args.head_size, kVector)),
+        key_operands(ceil_div(args.tokens, Math::kPer)),
         keys(args.tokens * row_stride),
         keys_across(depth * args.key_stride),
         queries(kBlockRows * row_stride),
@@ -69,8 +67,8 @@ class Head {
 
   // Rows [first, first + count) of the image, all of one size but the last.
   int64_t block_rows() const {
-    const int64_t blocks = biased_attention::ceil_div(args.rows, kBlockRows);
-    return blocks ? biased_attention::round_up(biased_attention::ceil_div(args.rows, blocks), 6) : 1;
+    const int64_t blocks = ceil_div(args.rows, kBlockRows);
+    return blocks ? round_up(ceil_div(args.rows, blocks), 6) : 1;
   }
 
   // Where q, k or v of a token lies, D numbers.
@@ -151,7 +149,7 @@ class Forward {
       : args_(args),
         head_(args),
         values_(args.tokens * head_.row_stride),
-        packed_values_(biased_attention::round_up(args.tokens, Math::kPer) * head_.head_stride) {}
+        packed_values_(round_up(args.tokens, Math::kPer) * head_.head_stride) {}
 
   void run(int64_t unit) {
     head_.image = unit / args_.heads;
@@ -221,7 +219,7 @@ class Backward {
         head_(args),
         values_(args.tokens * head_.row_stride),
         values_across_(head_.depth * args.key_stride),
-        packed_keys_(biased_attention::round_up(args.tokens, Math::kPer) * head_.head_stride),
+        packed_keys_(round_up(args.tokens, Math::kPer) * head_.head_stride),
         grad_out_(kBlockRows * head_.row_stride),
         packed_rows_(kBlockRows * head_.head_stride),
         grad_logits_(kBlockRows * args.key_stride),
@@ -298,7 +296,7 @@ class Backward {
     const Operand* left = Operands<Math>::pack_transposed(from, head_.count, args_.key_stride, head_.packed_logits);
     const Operand* right = Operands<Math>::pack_rows(rows, head_.count, head_.row_stride, packed_rows_, stride);
     multiply<Math, true, 0>({left, args_.key_stride, right, stride, head_.result, stride, args_.tokens,
-                             stride / kVector, biased_attention::ceil_div(head_.count, Math::kPer)});
+                             stride / kVector, ceil_div(head_.count, Math::kPer)});
     for (int64_t i = 0; i < args_.tokens * stride; i += kVector)
       store<Sum>(to + i, load<Sum>(to + i) + load<Sum>(head_.result + i));
   }
@@ -337,15 +335,21 @@ void run(const WorkArgs& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+
+namespace simmim_fast::biased_attention {
 
 template <typename T>
-Kernels<T> biased_attention_kernels() {
-  return {kLanes<Accumulator<T>>, &run<Forward, T, ForwardArgs<T>>, &run<Backward, T, BackwardArgs<T>>};
+template <Simd kAt>
+Kernels<T> Kernels<T>::at() {
+  namespace level = SIMMIM_FAST_LEVEL;
+  return {level::kLanes<Accumulator<T>>, &level::run<level::Forward, T, ForwardArgs<T>>,
+          &level::run<level::Backward, T, BackwardArgs<T>>};
 }
 
-template Kernels<float> biased_attention_kernels();
-template Kernels<double> biased_attention_kernels();
-template Kernels<BFloat16> biased_attention_kernels();
-template Kernels<Half> biased_attention_kernels();
+template Kernels<float> Kernels<float>::at<kLevel>();
+template Kernels<double> Kernels<double>::at<kLevel>();
+template Kernels<BFloat16> Kernels<BFloat16>::at<kLevel>();
+template Kernels<Half> Kernels<Half>::at<kLevel>();
 
-}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+}  // namespace simmim_fast::biased_attention

@@ -1,11 +1,10 @@
 // Forward and backward of shifted-window attention over units of work.
-// Included inside one file per SIMD level, as vector.h.
-
-#pragma once
+// Compiled once per SIMD level.
 
 #include "cpu/shifted_window_attention_tile.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
+namespace {
 
 using shifted_window_attention::BackwardArgs;
 using shifted_window_attention::ForwardArgs;
@@ -269,14 +268,21 @@ void backward(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
   with_best_tile<T>(args, [&](auto type) { backward_units<typename decltype(type)::type>(args, begin, end); });
 }
 
+}  // namespace
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+
+namespace simmim_fast::shifted_window_attention {
+
 template <typename T>
-Kernels<T> shifted_window_attention_kernels() {
-  return {kLanes<Accumulator<T>>, &forward<T>, &backward<T>};
+template <Simd kAt>
+Kernels<T> Kernels<T>::at() {
+  namespace level = SIMMIM_FAST_LEVEL;
+  return {level::kLanes<Accumulator<T>>, &level::forward<T>, &level::backward<T>};
 }
 
-template Kernels<float> shifted_window_attention_kernels();
-template Kernels<double> shifted_window_attention_kernels();
-template Kernels<BFloat16> shifted_window_attention_kernels();
-template Kernels<Half> shifted_window_attention_kernels();
+template Kernels<float> Kernels<float>::at<kLevel>();
+template Kernels<double> Kernels<double>::at<kLevel>();
+template Kernels<BFloat16> Kernels<BFloat16>::at<kLevel>();
+template Kernels<Half> Kernels<Half>::at<kLevel>();
 
-}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+}  // namespace simmim_fast::shifted_window_attention

@@ -1,7 +1,5 @@
 // Forward and backward of masked_patch_embed over ranges of work.
-// Included inside one file per SIMD level, as vector.h.
-
-#pragma once
+// Compiled once per SIMD level.
 
 #include "cpu/masked_patch_embed_rows.h"
 
@@ -236,17 +234,22 @@ struct Table {
 };
 
 }  // namespace
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+
+namespace simmim_fast::masked_patch_embed {
 
 template <typename T>
-Kernels<T> masked_patch_embed_kernels() {
+template <Simd kAt>
+Kernels<T> Kernels<T>::at() {
+  namespace level = SIMMIM_FAST_LEVEL;
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) return Table<Pairs, T>::kernels();
+  if constexpr (std::is_same_v<T, BFloat16>) return level::Table<level::Pairs, T>::kernels();
 #endif
-  return Table<Numbers<T>, T>::kernels();
+  return level::Table<level::Numbers<T>, T>::kernels();
 }
 
-template Kernels<float> masked_patch_embed_kernels();
-template Kernels<double> masked_patch_embed_kernels();
-template Kernels<BFloat16> masked_patch_embed_kernels();
+template Kernels<float> Kernels<float>::at<kLevel>();
+template Kernels<double> Kernels<double>::at<kLevel>();
+template Kernels<BFloat16> Kernels<BFloat16>::at<kLevel>();
 
-}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+}  // namespace simmim_fast::masked_patch_embed

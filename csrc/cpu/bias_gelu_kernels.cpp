@@ -1,7 +1,5 @@
 // Forward and backward of bias_gelu over ranges of work.
-// Included inside one file per SIMD level, as vector.h.
-
-#pragma once
+// Compiled once per SIMD level.
 
 #include "cpu/bias_gelu.h"
 #include "cpu/vector_rows.h"
@@ -102,15 +100,20 @@ void backward(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+
+namespace simmim_fast::bias_gelu {
 
 template <typename T>
-bias_gelu::Kernels<T> bias_gelu_kernels() {
-  return {&forward<T>, &backward<T>};
+template <Simd kAt>
+Kernels<T> Kernels<T>::at() {
+  namespace level = SIMMIM_FAST_LEVEL;
+  return {&level::forward<T>, &level::backward<T>};
 }
 
-template bias_gelu::Kernels<float> bias_gelu_kernels();
-template bias_gelu::Kernels<double> bias_gelu_kernels();
-template bias_gelu::Kernels<BFloat16> bias_gelu_kernels();
-template bias_gelu::Kernels<Half> bias_gelu_kernels();
+template Kernels<float> Kernels<float>::at<kLevel>();
+template Kernels<double> Kernels<double>::at<kLevel>();
+template Kernels<BFloat16> Kernels<BFloat16>::at<kLevel>();
+template Kernels<Half> Kernels<Half>::at<kLevel>();
 
-}  // namespace simmim_fast::SIMMIM_FAST_LEVEL
+}  // namespace simmim_fast::bias_gelu
