@@ -35,12 +35,13 @@ WORK = ROOT / "build" / "native"
 TORCH_TARGET = "0x020b000000000000"  # 2.11, as LibTorch encodes versions
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
-# csrc/cpu/*_kernels.cpp are compiled once for each; csrc/cpu/simd.h says what they are. g++ 12 warns of its intrinsics.
+AVX512_FLAGS = "-mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"  # g++ 12 warns of its intrinsics
+# csrc/cpu/*_kernels.cpp are compiled once for each; csrc/cpu/simd.h says what they are.
 X86_LEVELS = {
     "baseline": "",
     "avx2": "-march=x86-64-v3",
-    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
-    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
+    "avx512": f"-march=x86-64-v4 {AVX512_FLAGS}",
+    "avx512_bf16": f"-march=x86-64-v4 -mavx512bf16 {AVX512_FLAGS}",
 }
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA"
 

@@ -3,7 +3,7 @@
 // Compiled once per SIMD level.
 
 #include "cpu/biased_attention.h"
-#include "cpu/biased_attention_operands.h"
+#include "cpu/operands.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
 
@@ -99,7 +99,7 @@ class Head {
 
   // result (M, D) = from (M, N) * along (N, D), whose rows lie pair by pair where operands are pairs.
   void sum_over_keys(const Sum* from, const Operand* along) {
-    const Operand* left = Operands<Math>::pack_columns(from, count, args.key_stride, packed_logits);
+    const Operand* left = Operands<Math>::sum_over_columns(from, count, args.key_stride, nullptr, packed_logits);
     multiply<Math, false, 0>({left, args.key_stride / Math::kPer, along, head_stride, result, head_stride, count,
                               head_stride / kVector, key_operands});
   }
@@ -156,7 +156,7 @@ class Forward {
     head_.head = unit % args_.heads;
     head_.load_tokens(kKey, head_.keys, head_.keys_across);
     head_.load_tokens(kValue, values_, nullptr);
-    along_ = Operands<Math>::pack_rows(values_, args_.tokens, head_.row_stride, packed_values_, head_.head_stride);
+    along_ = Operands<Math>::along_rows(values_, args_.tokens, head_.row_stride, packed_values_, head_.head_stride);
     const int64_t block = head_.block_rows();
     for (head_.first = 0; head_.first < args_.rows; head_.first += block) {
       head_.count = args_.rows - head_.first < block ? args_.rows - head_.first : block;
@@ -241,7 +241,7 @@ class Backward {
   void run_image() {
     head_.load_tokens(kValue, values_, values_across_);
     head_.load_tokens(kKey, head_.keys, head_.keys_across);
-    along_ = Operands<Math>::pack_rows(head_.keys, args_.tokens, head_.row_stride, packed_keys_, head_.head_stride);
+    along_ = Operands<Math>::along_rows(head_.keys, args_.tokens, head_.row_stride, packed_keys_, head_.head_stride);
     const int64_t size = args_.tokens * head_.head_stride * sizeof(Sum);
     __builtin_memset(grad_keys_, 0, size);
     __builtin_memset(grad_values_, 0, size);
@@ -293,8 +293,9 @@ class Backward {
   // to (N, D) += from (M, N)' * rows (M, D).
   void add_over_rows(const Sum* from, const Operand* rows, Sum* to) {
     const int64_t stride = head_.head_stride;
-    const Operand* left = Operands<Math>::pack_transposed(from, head_.count, args_.key_stride, head_.packed_logits);
-    const Operand* right = Operands<Math>::pack_rows(rows, head_.count, head_.row_stride, packed_rows_, stride);
+    const Operand* left =
+        Operands<Math>::sum_over_rows(from, head_.count, args_.key_stride, nullptr, head_.packed_logits);
+    const Operand* right = Operands<Math>::along_rows(rows, head_.count, head_.row_stride, packed_rows_, stride);
     multiply<Math, true, 0>({left, args_.key_stride, right, stride, head_.result, stride, args_.tokens,
                              stride / kVector, ceil_div(head_.count, Math::kPer)});
     for (int64_t i = 0; i < args_.tokens * stride; i += kVector)

@@ -27,7 +27,7 @@ void pack(const Args<T>& args, int64_t begin, int64_t end) {
       std::copy_n(args.weight + (first + r) * numbers, numbers, rows + r * stride);
       std::fill_n(rows + r * stride + numbers, stride - numbers, Sum(0));
     }
-    const Operand* from = Operands<Math>::along_numbers(rows, count, stride, operands);
+    const Operand* from = Operands<Math>::sum_over_columns(rows, count, stride, nullptr, operands);
     Operand* to = static_cast<Operand*>(args.packed) + panel * panel_size;
     std::fill_n(to, panel_size, Operand(0));
     transpose(from, count, stride / Math::kPer, to, kPanel<Sum>, args.depth());
@@ -141,7 +141,9 @@ class BackwardRows {
 
   // (count, stride) numbers as operands of sums over rows.
   void keep(const Sum* from, int64_t count, int64_t stride, int64_t first, void* to) {
-    Operands<Math>::along_rows(from, count, stride, static_cast<Operand*>(to) + first / Math::kPer * stride);
+    Operand* const at = static_cast<Operand*>(to) + first / Math::kPer * stride;
+    const Operand* operands = Operands<Math>::sum_over_rows(from, count, stride, nullptr, at);
+    if (operands != at) std::copy_n(operands, count * stride, at);  // numbers, where they lay
   }
 
   const BackwardArgs<T>& args_;

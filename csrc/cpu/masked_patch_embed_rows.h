@@ -6,9 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/buffer.h"
 #include "cpu/masked_patch_embed.h"
-#include "cpu/tile_product.h"
+#include "cpu/operands.h"
 #include "cpu/vector_rows.h"
 
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
@@ -27,43 +26,6 @@ void with_dtype(ScalarType dtype, F&& f) {
     if constexpr (std::is_same_v<Accumulator<typename decltype(type)::type>, Sum>) f(type);
   });
 }
-
-// How rows of numbers, (rows, stride), become operands of products along the numbers or along the rows.
-template <class Math>
-struct Operands {
-  using Sum = typename Math::Sum;
-
-  // The numbers themselves; `to` is left alone.
-  static const Sum* along_numbers(const Sum* from, int64_t, int64_t, Sum*) { return from; }
-
-  static void along_rows(const Sum* from, int64_t rows, int64_t stride, Sum* to) {
-    std::copy_n(from, rows * stride, to);
-  }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Operands<Pairs> {
-  // (rows, stride / 2): neighbours in a row side by side.
-  static const uint32_t* along_numbers(const float* from, int64_t rows, int64_t stride, uint32_t* to) {
-    for (int64_t i = 0; i < rows * stride; i += kLanes<float>)
-      narrow<BFloat16, float>(reinterpret_cast<BFloat16*>(to) + i, load(from + i));
-    return to;
-  }
-
-  // The nearest bfloat16, in the lower half of each lane.
-  static Vec<uint32_t> bits(const float* from) {
-    return (Vec<uint32_t>)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(from)));
-  }
-
-  // (rows / 2, stride): rows 2r and 2r + 1 side by side; a last odd row beside 0.
-  static void along_rows(const float* from, int64_t rows, int64_t stride, uint32_t* to) {
-    for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += stride)
-      for (int64_t c = 0; c < stride; c += kLanes<float>)
-        store(to + c, row + 1 < rows ? bits(from + c) | bits(from + stride + c) << 16 : bits(from + c));
-  }
-};
-#endif
 
 template <class Math, typename T>
 class Rows {
@@ -86,7 +48,7 @@ class Rows {
   void project(const int64_t* tokens, int64_t count) {
     gather(tokens, count);
     const int64_t stride = args_.number_stride(), depth = args_.depth(), channel_stride = args_.channel_stride();
-    const Operand* patches = Operands<Math>::along_numbers(pixels, count, stride, operands_);
+    const Operand* patches = Operands<Math>::sum_over_columns(pixels, count, stride, nullptr, operands_);
     for (int64_t panel = 0; panel < args_.panels(); ++panel) {
       const Operand* weight = static_cast<const Operand*>(args_.packed) + panel * depth * kPanel<Sum>;
       const int64_t channels = std::min(kPanel<Sum>, args_.channels - panel * kPanel<Sum>);
