@@ -16,6 +16,12 @@ using masked_loss::kChunkRows;
 using masked_loss::Level;
 
 constexpr int64_t kLanes = 32;  // independent sums, so that additions overlap
+constexpr int64_t kAhead = 12;  // rows: runs are too short for the processor to fetch the next by itself
+
+template <typename T>
+inline __attribute__((always_inline)) void fetch(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
 
 // Adds the absolute residuals of n <= kLanes pixels to the lanes, and keeps their signs if asked to.
 template <bool kSign, typename P, typename T>
@@ -59,10 +65,13 @@ void forward_chunk(const ForwardArgs<P, T>& args, int64_t chunk) {
       if (hidden && channel == 0) count += (end - first) * (band_end - row);
       for (int64_t offset = row * width + first; offset < band_end * width; offset += width) {
         int8_t* sign = kSign ? args.sign + offset : nullptr;
-        if (hidden)
+        if (hidden) {
+          fetch(args.prediction + offset + kAhead * width, end - first);
+          fetch(args.target + offset + kAhead * width, end - first);
           add_run<kSign>(args.prediction + offset, args.target + offset, sign, end - first, level, lanes);
-        else if (kSign)
+        } else if (kSign) {
           std::fill_n(sign, end - first, int8_t(0));
+        }
       }
     }
   }
