@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.attention import ATTENTIONS, attention, in_windows, of_all_tokens
+from benchmarks.measure import Absent
 from simmim_fast import ops
 from simmim_fast._backends import BACKENDS, BackendError, choose
 from simmim_fast.ops import OPS
 
 Function = Callable[..., Tensor]
-
-
-class Absent(Exception):
-    """A contestant cannot run here; the message says why."""
 
 
 def blend(x: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None = None) -> Tensor:
@@ -47,13 +45,6 @@ def convolution(
     return x if pos_embed is None else x + pos_embed
 
 
-def sdpa(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    """PyTorch's own fused attention, which takes the bias as a mask of the queries' dtype."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = bias.to(q.dtype).expand(qkv.shape[0], -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Bias and GELU in the dtype of x, as autocast leaves them."""
     return F.gelu(x + bias.to(x.dtype))
@@ -80,10 +71,9 @@ _EAGER: dict[str, Function] = {
     "masked_patch_embed": convolution,
     "residual_layer_norm": added_and_normalised,
 }
-_PEERS: dict[str, dict[str, Function]] = {
-    "substitute_mask_tokens": {"blend": blend},
-    "biased_attention": {"sdpa": sdpa},
-}
+_PEERS: dict[str, dict[str, Function]] = {"substitute_mask_tokens": {"blend": blend}}
+# What calls others' attention in an op's place.
+_ATTENTION: dict[str, Function] = {"biased_attention": of_all_tokens, "shifted_window_attention": in_windows}
 
 
 def eager(op: str) -> Function:
@@ -93,14 +83,15 @@ def eager(op: str) -> Function:
 
 def names(op: str) -> tuple[str, ...]:
     """Everyone who may compute an op."""
-    return ("eager", "compiled", *_PEERS.get(op, ()), *(name for name in BACKENDS if name != "reference"))
+    fused = ATTENTIONS if op in _ATTENTION else ()
+    return ("eager", "compiled", *_PEERS.get(op, ()), *fused, *(name for name in BACKENDS if name != "reference"))
 
 
 def contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
     """A function of the op's arguments.
 
-    "compiled" is compiled anew for each call of this function: one compiled function serves other shapes badly, and a
-    win over it would be none.
+    "compiled" and "flex" are compiled anew for each call of this function: one compiled function serves other shapes
+    badly, and a win over it would be none.
 
     Raises:
         Absent: It cannot run here.
@@ -108,8 +99,10 @@ def contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
     if name == "eager":
         return eager(op)
     if name == "compiled":
-        torch._dynamo.reset()
-        return torch.compile(eager(op), fullgraph=True, dynamic=False)
+        return _compiled(eager(op))
+    if name in ATTENTIONS and op in _ATTENTION:
+        function = partial(_ATTENTION[op], attention(name, device))
+        return _compiled(function) if name == "flex" else function
     if name in _PEERS.get(op, {}):
         return _PEERS[op][name]
     try:
@@ -117,3 +110,8 @@ def contestant(op: str, name: str, device: str, dtype: torch.dtype) -> Function:
     except BackendError as error:
         raise Absent(str(error)) from error
     return partial(getattr(ops, op), backend=name)
+
+
+def _compiled(function: Function) -> Function:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from simmim_fast.info import collect
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 ROTATION = 4  # sets of inputs that take turns, so that a cache does not flatter
+# Of the machine's own rates: sides of the square matrices, MiB that are copied, and how often.
+MATRIX_SIDE = {"cuda": 8192, "cpu": 1536}
+COPIED_MIB = {"cuda": 2048, "cpu": 256}
+RATE_CALLS = 7
+
+
+class Absent(Exception):
+    """A contestant cannot run here; the message says why."""
 
 
 def devices() -> list[str]:
     """Where benchmarks run: on the GPU where there is one, and on the CPU."""
     return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device's work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a product of large square matrices, here and now: the median of a few calls, after one."""
+    side = MATRIX_SIDE[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _median_seconds(lambda: a @ b, device)
+
+
+@functools.cache
+def copy_rate(device: str) -> float:
+    """Bytes/s, read and written, of a copy far larger than the caches, here and now."""
+    source = torch.randn(COPIED_MIB[device] * 2**18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
+
+
+def _median_seconds(call: Callable[[], Any], device: str) -> float:
+    call()
+    seconds = []
+    for _ in range(RATE_CALLS):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def time_call(
@@ -39,8 +86,7 @@ def time_call(
 
     def timed() -> None:
         next(turn)()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     timed()
     benchmark(timed)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.step --models swin_base_192 vit_base_224 --dtype bf16 --batch 8
 
-Contestants take turns, step by step, so that drift hits all of them; on inputs that rotate. First they must agree with
-the reference on the loss and the norm of the gradient; where one does not, no speed is printed and the exit status
-is 1.
+The tests of the models run first. Contestants take turns, step by step, so that drift hits all of them; on inputs that
+rotate. First each must agree with the reference on the loss and the norm of the gradient; where one does not, no speed
+is printed and the exit status is 1. Those of another method have nobody to agree with, and a table of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -23,17 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gate
 from benchmarks.cases import BATCH, DTYPES
-from benchmarks.contestants import Absent
-from benchmarks.measure import ROTATION, devices
-from benchmarks.models import MODELS, build, draw_inputs, model_name
+from benchmarks.comparators import COMPARATORS
+from benchmarks.limits import Limits, limits
+from benchmarks.measure import ROTATION, Absent, devices, synchronize
+from benchmarks.models import MODELS, build, draw_inputs, loss_of, model_name
 from benchmarks.results import RESULTS, write_row
-from benchmarks.trainees import CONTESTANTS, Trainee, trainee
+from benchmarks.trainees import CONTESTANTS, FAST, GraphedTrainee, Setting, Trainee, trainee
 
-DEFAULT_MODELS = {"cpu": ("swin_micro_96", "vit_micro_96"), "cuda": ("swin_base_192", "vit_base_224")}
-DEFAULT_CONTESTANTS = ("fast", "reference", "compiled", "sdpa")
-WARM_UP = 3  # steps
-# Largest relative distance from the reference of the loss and of the gradient's norm.
+DEFAULT_MODELS = {"cpu": ("swin_micro_192", "vit_micro_96"), "cuda": ("swin_base_192", "vit_base_224")}
+DEFAULT_CONTESTANTS = {
+    "cpu": ("fast", "reference", "compiled", "sdpa", "hf_sdpa", "timm", "mae", "beit", "supervised"),
+    "cuda": CONTESTANTS,
+}
+WARM_UP = 5  # steps; a CUDA graph is recorded in the fourth
+# Largest relative distance of the loss and of the gradient's norm from those of whom a contestant must agree with.
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -57,19 +63,14 @@ class Entrant:
 
 
 class Disagreement(Exception):
-    """A contestant computes something else than the reference."""
+    """A contestant computes something else than whom it must agree with."""
 
 
-def race(
-    name: str, dtype: str, batch: int, device: str, contestants: Sequence[str], pairs: int
-) -> tuple[list[Entrant], list[str]]:
+def race(setting: Setting, contestants: Sequence[str], pairs: int) -> tuple[list[Entrant], list[str]]:
     """Time the contestants in turn.
 
     Args:
-        name: Key of `MODELS`.
-        dtype: "bf16" or "fp32".
-        batch: Images in a step.
-        device: "cpu" or "cuda".
+        setting: What is trained.
         contestants: Of `CONTESTANTS`.
         pairs: Timed steps of each.
 
@@ -81,28 +82,46 @@ def race(
     """
     torch._dynamo.reset()
     torch.manual_seed(0)
-    start = build(name, backend="reference")
-    sets = [draw_inputs(start, batch, device, seed) for seed in range(ROTATION)]
+    start = build(setting.model, backend="reference")
+    sets = [draw_inputs(start, setting.batch, setting.device, seed) for seed in range(ROTATION)]
     state = start.state_dict()
-    expected = _first_gradients(trainee("reference", name, dtype, device, state), *sets[0])
     entrants, absent = [], []
     for contestant in contestants:
-        held = _allocated(device)
         try:
-            entrant = Entrant(contestant, trainee(contestant, name, dtype, device, state))
-            _check(contestant, _first_gradients(entrant.trainee, *sets[0]), expected, dtype)
-        except Absent as reason:
-            absent.append(f"{contestant} does not run: {reason}")
-            continue
-        for inputs in itertools.islice(itertools.cycle(sets), WARM_UP):
-            entrant.trainee.step(*inputs)
-        entrant.trainee.optimizer.zero_grad()
-        entrant.own_bytes = _allocated(device) - held
-        entrants.append(entrant)
+            entrants.append(_prepared(contestant, setting, state, sets))
+        except (Absent, torch.OutOfMemoryError) as reason:
+            absent.append(f"{contestant} does not run: {str(reason).partition('. ')[0]}")
     for pair, inputs in enumerate(itertools.islice(itertools.cycle(sets), pairs)):
         for entrant in entrants[:: 1 if pair % 2 == 0 else -1]:
-            _time(entrant, inputs, device)
+            _time(entrant, inputs, setting.device)
     return entrants, absent
+
+
+def _prepared(contestant: str, setting: Setting, state: Mapping[str, Tensor], sets: Sequence[Any]) -> Entrant:
+    """A contestant that agrees and is warm."""
+    if setting.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    held, reserved = _memory(setting.device)
+    one, whom = trainee(contestant, setting, state)
+    actual = _first_gradients(one, *sets[0])
+    if contestant in COMPARATORS:
+        _check_finite(contestant, actual)
+    else:
+        whom = whom or trainee("reference", setting, state)[0]
+        _check(contestant, actual, _first_gradients(whom, *sets[0]), setting.dtype)
+    del whom
+    for inputs in itertools.islice(itertools.cycle(sets), WARM_UP):
+        one.step(*inputs)
+    if isinstance(one, GraphedTrainee) and not one.draws:
+        _check_replay(contestant, one, *sets[0])
+    one.optimizer.zero_grad()
+    if setting.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    now, reserved_now = _memory(setting.device)
+    # A CUDA graph keeps the memory of its step for itself: reserved, though nothing is allocated there.
+    return Entrant(contestant, one, own_bytes=now - held, peak_bytes=reserved_now - reserved)
 
 
 def _first_gradients(one: Trainee, images: Tensor, mask: Tensor) -> dict[str, float]:
@@ -124,15 +143,27 @@ def _check(contestant: str, actual: Mapping[str, float], expected: Mapping[str, 
             )
 
 
+def _check_finite(contestant: str, actual: Mapping[str, float]) -> None:
+    for what, value in actual.items():
+        if not math.isfinite(value):
+            raise Disagreement(f"{contestant} is wrong: its {what} is {value}")
+
+
+def _check_replay(contestant: str, one: Trainee, images: Tensor, mask: Tensor) -> None:
+    """A replayed step must find the loss that the same parameters have by themselves."""
+    with torch.no_grad():
+        expected = loss_of(one.model, images, mask, one.dtype).item()
+    _check(contestant, {"replayed loss": one.step(images, mask)[0].item()}, {"replayed loss": expected}, one.dtype)
+
+
 def _time(entrant: Entrant, inputs: tuple[Tensor, Tensor], device: str) -> None:
     """One step on the clock, and its peak; gradients of the step before were let go of."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    held, begin = _allocated(device), time.perf_counter()
+    synchronize(device)
+    held, begin = _memory(device)[0], time.perf_counter()
     entrant.trainee.step(*inputs)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     entrant.seconds.append(time.perf_counter() - begin)
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() - held + entrant.own_bytes
@@ -140,23 +171,30 @@ def _time(entrant: Entrant, inputs: tuple[Tensor, Tensor], device: str) -> None:
     entrant.trainee.optimizer.zero_grad()
 
 
-def _allocated(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
+def _memory(device: str) -> tuple[int, int]:
+    """Bytes allocated, and reserved by the allocator."""
+    return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if device == "cuda" else (0, 0)
 
 
-def results(entrants: Sequence[Entrant], batch: int) -> Iterator[dict[str, Any]]:
+def results(entrants: Sequence[Entrant], batch: int, limit: Limits) -> Iterator[dict[str, Any]]:
     """What each entrant reached, as JSON has it. "times_faster_than" are medians over the pairs."""
     for one in entrants:
         rates = sorted(batch / seconds for seconds in one.seconds)
+        median = statistics.median(rates)
+        same = one.name not in COMPARATORS
         yield {
             "contestant": one.name,
-            "images_per_second": {"median": statistics.median(rates), **_percentiles(rates)},
+            "same_method": same,
+            "images_per_second": {"median": median, **_percentiles(rates)},
             "times_faster_than": {
                 other.name: statistics.median(b / a for a, b in zip(one.seconds, other.seconds, strict=True))
                 for other in entrants
                 if other is not one
             },
             "peak_bytes": one.peak_bytes or None,
+            "limits": limit.as_json(),
+            "mfu": median / limit.arithmetic if same else None,
+            "memory_share": median / limit.memory if same and limit.memory else None,
             "seconds": one.seconds,
         }
 
@@ -170,19 +208,28 @@ def _percentiles(rates: Sequence[float]) -> dict[str, float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of text: a contestant each; the last columns say how many times faster it is than the others."""
-    names = [row["contestant"] for row in rows]
-    yield f"{'':<14} {'images/s':>10} {'p20':>10} {'p80':>10} {'peak GiB':>9}" + "".join(
-        f" {'/ ' + n:>15}" for n in names
-    )
-    for row in rows:
-        rate = row["images_per_second"]
-        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
-        ratios = [row["times_faster_than"].get(name) for name in names]
-        yield (
-            f"{row['contestant']:<14} {rate['median']:>10.2f} {rate['p20']:>10.2f} {rate['p80']:>10.2f} {peak:>9}"
-            + "".join(f" {'-' if ratio is None else f'{ratio:.2f}':>15}" for ratio in ratios)
+    """Lines of text: a contestant each; the last columns say how many times faster than it ours are."""
+    for same, title in ((True, "SimMIM"), (False, "another method, for the cost of an epoch")):
+        shown = [row for row in rows if row["same_method"] is same]
+        if not shown:
+            continue
+        ours = [row for row in rows if row["contestant"] in FAST]
+        yield title
+        yield f"{'':<20} {'images/s':>10} {'p20':>10} {'p80':>10} {'peak GiB':>9} {'MFU':>6} {'memory':>7}" + "".join(
+            f" {row['contestant'] + ' is x':>18}" for row in ours
         )
+        yield from (_table_line(row, ours) for row in shown)
+
+
+def _table_line(row: Mapping[str, Any], ours: Sequence[Mapping[str, Any]]) -> str:
+    rate = row["images_per_second"]
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+    mfu, memory = ("-" if row[key] is None else f"{100 * row[key]:.1f}%" for key in ("mfu", "memory_share"))
+    ratios = [one["times_faster_than"].get(row["contestant"]) for one in ours]
+    return (
+        f"{row['contestant']:<20} {rate['median']:>10.2f} {rate['p20']:>10.2f} {rate['p80']:>10.2f} {peak:>9}"
+        f" {mfu:>6} {memory:>7}" + "".join(f" {'-' if ratio is None else f'{ratio:.2f}':>18}" for ratio in ratios)
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -204,27 +251,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help=f"images in a step (default: {BATCH['cpu']} on the CPU, {BATCH['cuda']} on a GPU)",
     )
-    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(DEFAULT_CONTESTANTS), help="default: %(default)s")
+    add("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
+    add("--official", type=Path, metavar="PATH", help="checkout of microsoft/SimMIM, for the contestant `official`")
     add("--pairs", type=int, default=10, help="timed steps of each contestant (default: %(default)s)")
     add("--results", type=Path, default=RESULTS / "step.jsonl", metavar="FILE", help="rows are appended here")
+    gate.add_option(parser)
     options = parser.parse_args(arguments)
-    if min(options.pairs, *(options.batch or [1])) < 1:
-        parser.error("--pairs and --batch must be at least 1")
+    for name, least in (("--pairs", options.pairs), ("--batch", min(options.batch or [1]))):
+        if least < 1:
+            parser.error(f"{name} must be at least 1, got {least}")
+    if options.official is not None and not (options.official / "models" / "simmim.py").is_file():
+        parser.error(f"--official must be a checkout of microsoft/SimMIM, got {options.official}")
     options.models = options.models or list(DEFAULT_MODELS[options.device])
     options.batch = options.batch or [BATCH[options.device]]
+    options.contestants = options.contestants or list(DEFAULT_CONTESTANTS[options.device])
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Race, print and write rows."""
+    """Test, race, print and write rows."""
     options = parse(arguments)
+    gate.require(gate.MODELS, options.device, options.tests)
     for name, dtype, batch in itertools.product(options.models, options.dtype, options.batch):
         print(f"{name}, {dtype}, batch {batch}, {options.device}, {options.pairs} steps each", flush=True)
+        limit = limits(name, dtype, batch, options.device)
         try:
-            entrants, absent = race(name, dtype, batch, options.device, options.contestants, options.pairs)
+            setting = Setting(name, dtype, batch, options.device, options.official)
+            entrants, absent = race(setting, options.contestants, options.pairs)
         except Disagreement as error:
             sys.exit(str(error))
-        rows = list(results(entrants, batch))
+        rows = list(results(entrants, batch, limit))
         given = {"model": name, "dtype": dtype, "batch": batch, "device": options.device, "pairs": options.pairs}
         given["contestants"] = options.contestants
         for row in rows:

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import Absent, sdpa
+from benchmarks.attention import Attend, attention, in_windows, of_all_tokens
+from benchmarks.comparators import COMPARATORS, comparator
+from benchmarks.measure import Absent
 from benchmarks.models import build, loss_of
+from benchmarks.peers import Call, Peer, hugging_face, official, timm_swin
+from simmim_fast import train
 from simmim_fast.models import SimMIM
-from simmim_fast.models.layers import DropPath
 from simmim_fast.models.swin import AttentionInWindows
 from simmim_fast.models.vit import Attention
-from simmim_fast.ops.shifted_window_attention.reference import partition, reverse
 from simmim_fast.train import OptimizerConfig, build_optimizer, pretrain_groups
 
 MAX_GRAD_NORM = 5.0  # TRAIN.CLIP_GRAD of the official configurations
+GRAPHS = hasattr(train, "GraphedStep")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Attributes:
+        model: Key of `benchmarks.models.MODELS`.
+        dtype: "bf16", under autocast, or "fp32".
+        batch: Images in a step.
+        device: "cpu" or "cuda".
+        official: Checkout of microsoft/SimMIM, for the contestant of that name.
+    """
+
+    model: str
+    dtype: str
+    batch: int
+    device: str
+    official: Path | None = None
 
 
 class Trainee:
@@ -31,7 +54,7 @@ class Trainee:
         call: What is called in the model's place, such as the model compiled.
     """
 
-    def __init__(self, model: SimMIM, dtype: str, call: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, dtype: str, call: Call | None = None) -> None:
         self.model = model
         self.dtype = dtype
         self._call = model if call is None else call
@@ -45,87 +68,145 @@ class Trainee:
         loss.backward()
         return loss.detach(), nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
 
-    def step(self, images: Tensor, mask: Tensor) -> None:
-        """One update. Waits for no device."""
-        self.gradients(images, mask)
+    def step(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One update; its loss and norm of the gradient. Waits for no device."""
+        scalars = self.gradients(images, mask)
         self.optimizer.step()
+        return scalars
 
     @property
     def draws(self) -> bool:
         """Whether a step in training mode draws at random which branches to drop."""
-        return any(isinstance(module, DropPath) and module.rate > 0 for module in self.model.modules())
+        return any("DropPath" in type(module).__name__ and _drop_rate(module) > 0 for module in self.model.modules())
 
 
-def with_sdpa(model: SimMIM) -> SimMIM:
-    """The reference with PyTorch's fused attention in the place of its own, in place.
+class GraphedTrainee(Trainee):
+    """The step recorded as a CUDA graph and replayed.
 
-    Raises:
-        Absent: Swin V2's cosine form has none.
+    Args:
+        model: The model.
+        dtype: "bf16", under autocast, or "fp32".
     """
+
+    def __init__(self, model: nn.Module, dtype: str) -> None:
+        super().__init__(model, dtype)
+        self._replayed = train.GraphedStep(model, self.optimizer, clip_grad=MAX_GRAD_NORM, precision=dtype)
+
+    def step(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One update by the graph; its loss and norm of the gradient."""
+        return self._replayed(images, mask)
+
+
+def _drop_rate(module: nn.Module) -> float:
+    """Of a stochastic depth of ours ("rate") or of timm, the official code and Hugging Face ("drop_prob")."""
+    return getattr(module, "rate", None) or getattr(module, "drop_prob", None) or 0.0
+
+
+def with_attention(model: SimMIM, attend: Attend) -> None:
+    """Give the reference another library's fused attention in the place of its own."""
     for module in model.modules():
         if isinstance(module, AttentionInWindows):
-            if hasattr(module, "logit_scale"):
-                raise Absent("cosine attention is no scaled dot product")
-            module.attend = partial(_sdpa_in_windows, module)
+            module.attend = partial(_attend_in_windows, module, attend)
         elif isinstance(module, Attention):
-            module._attend = partial(_sdpa_of_all_tokens, module)
-    return model
+            module._attend = partial(_attend_to_all, module, attend)
 
 
-def _sdpa_in_windows(
-    module: AttentionInWindows,
-    qkv: Tensor,
-    bias_table: Tensor,
-    attn_mask: Tensor | None,
-    *,
-    scale: float | None,
-    **unused: Any,
+def _attend_in_windows(
+    module: AttentionInWindows, attend: Attend, qkv: Tensor, bias_table: Tensor, attn_mask: Tensor | None, **form: Any
 ) -> Tensor:
-    """As `AttentionInWindows.attend`, for grids that whole windows fill; biases and mask are one tensor, as in timm."""
-    grid, rows, columns = qkv.shape[1:3], *module.shift
-    qkv = torch.roll(qkv, (-rows, -columns), (1, 2)) if rows or columns else qkv
-    windows = partition(qkv, module.window_size)
-    q, k, v = windows.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B G, h, N, D)
-    bias = bias_table[module.relative_position_index].permute(2, 0, 1)[None]
-    if attn_mask is not None:
-        bias = (bias + attn_mask[:, None]).repeat(qkv.shape[0], 1, 1, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).expand(len(q), -1, -1, -1), scale=scale)
-    out = reverse(out.transpose(1, 2).flatten(2), module.window_size, grid)
-    return torch.roll(out, (rows, columns), (1, 2)) if rows or columns else out
+    kept = {"attn_mask": attn_mask, "position_index": module.relative_position_index}
+    return in_windows(attend, qkv, bias_table, module.window_size, module.shift, module.num_heads, **form, **kept)
 
 
-def _sdpa_of_all_tokens(module: Attention, qkv: Tensor, bias: Tensor | None, queries: Tensor | None) -> Tensor:
-    if bias is None or module.scale is not None or queries is not None:
-        raise Absent("scaled_dot_product_attention is written here for a bias, the default scale and all tokens")
-    return sdpa(qkv, bias, module.num_heads)
+def _attend_to_all(
+    module: Attention, attend: Attend, qkv: Tensor, bias: Tensor | None, queries: Tensor | None
+) -> Tensor:
+    return of_all_tokens(attend, qkv, bias, module.num_heads, module.scale, queries)
 
 
-def _compiled(model: SimMIM) -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(model, fullgraph=True, dynamic=False)
+@dataclass(frozen=True)
+class _Form:
+    """A contestant that trains our own model.
+
+    Attributes:
+        backend: Of its ops.
+        attention: Another library's in the place of its own, or None.
+        mode: Of torch.compile, or None where it is not compiled.
+        graphed: Whether the step is a CUDA graph.
+    """
+
+    backend: str
+    attention: str | None = None
+    mode: str | None = None
+    graphed: bool = False
 
 
-# Backend, what is done to the model, and what is called in its place.
-_CONTESTANTS: Mapping[str, tuple[str, Callable[[SimMIM], SimMIM], Callable | None]] = {
-    "fast": ("auto", lambda model: model, None),
-    "fast_compiled": ("auto", lambda model: model, _compiled),
-    "reference": ("reference", lambda model: model, None),
-    "compiled": ("reference", lambda model: model, _compiled),
-    "sdpa": ("reference", with_sdpa, None),
+_OURS: Mapping[str, _Form] = {
+    "fast": _Form("auto"),
+    "fast_compiled": _Form("auto", mode="default"),
+    **({"fast_graph": _Form("auto", graphed=True)} if GRAPHS else {}),
+    "reference": _Form("reference"),
+    "compiled": _Form("reference", mode="default"),
+    "max_autotune": _Form("reference", mode="max-autotune"),
+    "sdpa": _Form("reference", "sdpa"),
+    "sdpa_compiled": _Form("reference", "sdpa", "default"),
+    "flex": _Form("reference", "flex", "default"),
+    "xformers": _Form("reference", "xformers"),
 }
-CONTESTANTS = tuple(_CONTESTANTS)
+# (peer, mode of torch.compile)
+_PEERS: Mapping[str, tuple[Callable[[Setting], Peer], str | None]] = {
+    "hf": (lambda setting: hugging_face(setting.model, "eager"), None),
+    "hf_sdpa": (lambda setting: hugging_face(setting.model, "sdpa"), None),
+    "hf_compiled": (lambda setting: hugging_face(setting.model, _hf_fastest(setting.model)), "default"),
+    "timm": (lambda setting: timm_swin(setting.model), None),
+    "timm_compiled": (lambda setting: timm_swin(setting.model), "default"),
+    "official": (lambda setting: official(setting.model, setting.official), None),
+}
+CONTESTANTS = (*_OURS, *_PEERS, *COMPARATORS)
+FAST = tuple(name for name in _OURS if name.startswith("fast"))
 
 
-def trainee(contestant: str, name: str, dtype: str, device: str, state: Mapping[str, Tensor]) -> Trainee:
-    """A contestant on a model of `benchmarks.models`, with the parameters of a state dict.
+def _hf_fastest(name: str) -> str:
+    """Hugging Face's Swin V2 has its eager attention alone."""
+    return "eager" if name.startswith("swinv2") else "sdpa"
+
+
+def trainee(contestant: str, setting: Setting, state: Mapping[str, Tensor]) -> tuple[Trainee, Trainee | None]:
+    """A contestant, and whom it must agree with: None is the reference with the parameters of `state`, or nobody.
 
     Compiled ones are compiled at their first call, for its shapes alone. Whoever begins with new shapes resets dynamo:
     one compiled function serves other shapes badly, and a win over it would be none.
 
+    Args:
+        contestant: Of `CONTESTANTS`.
+        setting: What it trains.
+        state: Parameters of our own model.
+
     Raises:
-        Absent: It cannot train this model; the message says why.
+        Absent: It cannot train this model here; the message says why.
     """
-    backend, changed, call = _CONTESTANTS[contestant]
-    model = build(name, backend=backend)
+    if contestant in _OURS:
+        return _of_ours(_OURS[contestant], setting, state), None
+    if contestant in _PEERS:
+        make, mode = _PEERS[contestant]
+        peer = make(setting)
+        model = peer.model.to(setting.device)
+        if mode is not None:
+            model.compile(mode=mode, dynamic=False)
+        return Trainee(model, setting.dtype, peer.call), Trainee(peer.like.to(setting.device), setting.dtype)
+    model, call = comparator(contestant, setting.model, build(setting.model, backend="reference"))
+    return Trainee(model.to(setting.device), setting.dtype, call), None
+
+
+def _of_ours(form: _Form, setting: Setting, state: Mapping[str, Tensor]) -> Trainee:
+    if form.graphed and setting.device != "cuda":
+        raise Absent("a CUDA graph needs a CUDA device")
+    model = build(setting.model, backend=form.backend)
     model.load_state_dict(state)
-    model = changed(model.to(device))
-    return Trainee(model, dtype, None if call is None else call(model))
+    model = model.to(setting.device)
+    if form.attention is not None:
+        with_attention(model, attention(form.attention, setting.device))
+    if form.graphed:
+        return GraphedTrainee(model, setting.dtype)
+    call = None if form.mode is None else torch.compile(model, fullgraph=True, dynamic=False, mode=form.mode)
+    return Trainee(model, setting.dtype, call)

@@ -1,21 +1,38 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import ops
-from benchmarks.results import RESULTS, ROOT, read_rows
+from benchmarks.results import read_rows
 
-CALL = ["--op", "masked_l1_loss", "--case", "vit", "--dtype", "fp32", "--device", "cpu", "--rounds", "3"]
+CALL = [
+    "--op",
+    "masked_l1_loss",
+    "--case",
+    "vit",
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+    "--rounds",
+    "3",
+    "--tests",
+    "passed",
+]
 
 
 def test_every_contestant_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    assert ops.main([*CALL, "--contestants", "eager", "native", "--json", str(path), "--page", str(page)]) == 0
-    assert page.read_text("utf-8") == ops.render(read_rows(path))
-    eager, native = read_rows(path)
+    path = tmp_path / "rows.jsonl"
+    assert ops.main([*CALL, "--host", "--contestants", "eager", "native", "--results", str(path)]) == 0
+    eager, native, *host = read_rows(path)
+    assert [row["contestant"] for row in host] == ["eager", "native"]
+    assert min(row["us"] for row in host) > 0
+    assert ops.render([eager, native, *host]).count("| masked_l1_loss |") == 4
+    assert native["limit_share"] > eager["limit_share"] * eager["us"] / native["us"] * 0.99
     assert [row["contestant"] for row in (eager, native)] == ["eager", "native"]
     assert eager["times_faster_than"]["native"] * native["times_faster_than"]["eager"] == pytest.approx(1, rel=0.01)
     assert native["arguments"] == {"dtype": "fp32", "device": "cpu", "batch": 8, "rounds": 3}
@@ -26,7 +43,7 @@ def test_every_contestant_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_who_cannot_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "rows.jsonl"
-    assert ops.main([*CALL, "--contestants", "eager", "triton", "--json", str(path)]) == 0
+    assert ops.main([*CALL, "--contestants", "eager", "triton", "--results", str(path)]) == 0
     assert "triton is off on cpu: masked_l1_loss: backend='triton' cannot run here" in capsys.readouterr().out
     assert [row["contestant"] for row in read_rows(path)] == ["eager"]
 
@@ -36,10 +53,20 @@ def test_nothing_is_timed_where_one_is_wrong(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     monkeypatch.setattr(ops, "contestant", lambda *_: lambda **inputs: torch.tensor(7.0))
-    assert ops.main([*CALL, "--contestants", "native", "--json", str(path)]) == 1
+    assert ops.main([*CALL, "--contestants", "native", "--results", str(path)]) == 1
     assert "native is wrong by" in capsys.readouterr().err
     assert not path.exists()
 
 
-def test_the_committed_page_is_made_of_the_committed_rows() -> None:
-    assert (ROOT / "docs" / "ops.md").read_text("utf-8") == ops.render(read_rows(RESULTS / "ops.jsonl"))
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        pytest.param(["--rounds", "0"], "--rounds must be at least 1, got 0", id="rounds"),
+        pytest.param(["--case", "resnet"], "--case must be part of a case's name", id="case"),
+        pytest.param(["--contestants", "cudnn"], "--contestants must be of .*; got cudnn", id="contestants"),
+    ],
+)
+def test_bad_options_are_named(options: list[str], error: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        ops.parse(options)
+    assert re.search(error, capsys.readouterr().err)
