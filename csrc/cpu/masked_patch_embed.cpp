@@ -170,8 +170,10 @@ Tensor forward_cpu(const Tensor& image, const Tensor& mask, const Tensor& weight
   return out;
 }
 
-// The first `size` numbers of each row, the last axis.
-Tensor leading(Tensor rows, int64_t size) { return torch::stable::narrow(rows, rows.dim() - 1, 0, size); }
+// The first `size` numbers of each row, the last axis, in memory of their own.
+Tensor leading(Tensor rows, int64_t size) {
+  return torch::stable::clone(torch::stable::narrow(rows, rows.dim() - 1, 0, size));
+}
 
 std::vector<int64_t> visible_tokens(const Tensor& mask) {
   const bool* hidden = mask.const_data_ptr<bool>();
