@@ -11,7 +11,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench clean
+.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench bench-gpu bench-gpu-full report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,15 @@ wheel: $(SETUP) ## build dist/*.whl with the compiled parts
 
 bench: $(SETUP) ## time the ops
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
+
+bench-gpu: $(SETUP) ## GPU tests, then steps, ops and parity on an NVIDIA GPU, in under nine minutes
+	@$(BIN)/python -m benchmarks.gpu
+
+bench-gpu-full: $(SETUP) ## the same for every model, dtype, batch and contestant, going on where it was cut off
+	@$(BIN)/python -m benchmarks.gpu --full
+
+report: $(SETUP) ## tables and pictures of the stored measurements, in the documents
+	@$(BIN)/python -m benchmarks.report
 
 clean: ## remove what was built and what was run
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -18,6 +18,7 @@ from simmim_fast.info import collect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_NO_CODE = (":!benchmarks/results", ":!docs", ":!*.md")  # what rows, and the pages made of them, change
 _CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_limit_w": "power.limit"}
 
 
@@ -60,8 +61,8 @@ def conditions() -> dict[str, Any]:
     Returns:
         "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA and the
         driver; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran or waited for
-        a core over the last minute, this one included), "commit" and "dirty" (whether tracked files differ from it);
-        the last two are None outside a git checkout.
+        a core over the last minute, this one included), "commit" and "dirty" (whether tracked files differ from it,
+        rows and documents aside); the last two are None outside a git checkout.
     """
     now = {"clocks": _clocks(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
     return {**_fixed_conditions(), **now}
@@ -70,7 +71,7 @@ def conditions() -> dict[str, Any]:
 @functools.cache
 def _fixed_conditions() -> dict[str, Any]:
     facts = collect()
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *_NO_CODE)
     return {
         "cpu": _cpu(),
         "gpus": facts["gpus"],

@@ -1,0 +1,220 @@
+"""Everything that a GPU is wanted for, in one command: compile, test, then measure, the most important first.
+
+    python -m benchmarks.gpu               # Swin-B and ViT-B, within nine minutes
+    python -m benchmarks.gpu --full        # every model, dtype, batch and contestant, without a limit
+    python -m benchmarks.gpu --dry-run     # the plan, and what of it is left
+
+Called again, it passes over what this commit has rows of on this GPU. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES, DTYPES
+from benchmarks.results import RESULTS, ROOT, conditions, read_rows, write_row
+from benchmarks.trainees import CONTESTANTS, FAST
+from simmim_fast import _native
+
+BUDGET = 525  # seconds, of nine minutes
+BATCH = 128  # images in a step
+BATCHES = (128, 256, 64)  # of the whole plan
+LARGEST = {"swin_large_192": 128}  # images in a step that 80 GB hold beside the other contestants
+EAGER = ("fast", *(name for name in FAST if name == "fast_graph"), "reference", "hf_sdpa")
+COMPILED = (*EAGER[:-2], "compiled")
+FULL_MODELS = ("swin_base_192", "vit_base_224", "swin_large_192", "swinv2_base_192")
+TESTS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu and not slow")
+BUILD = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-e", ".")
+
+Run = Callable[[Sequence[str], float], int | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the plan.
+
+    Attributes:
+        title: What it does.
+        arguments: Of Python.
+        benchmark: The kind of its rows; None where it leaves none.
+        wanted: What some rows must say for it to be done: a mapping for each.
+    """
+
+    title: str
+    arguments: tuple[str, ...]
+    benchmark: str | None = None
+    wanted: tuple[Mapping[str, Any], ...] = field(default=())
+
+
+def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
+    """The commands that measure, the most important first.
+
+    Args:
+        full: Also every model, dtype, batch, contestant and op that the short plan leaves out.
+        official: Checkout of microsoft/SimMIM, for the contestant of that name.
+    """
+    models = FULL_MODELS[:2]
+    stages = [_step(model, "bf16", BATCH, names) for names in (EAGER, COMPILED) for model in models]
+    stages += [_ops(op, "bf16") for op in ("shifted_window_attention", "biased_attention", "linear_masked_loss")]
+    stages.append(_parity("swin_base_192", "bf16"))
+    if not full:
+        return stages
+    options = () if official is None else ("--official", str(official))
+    for dtype, batch, model in itertools.product(("bf16", "fp32"), BATCHES, FULL_MODELS):
+        if batch <= LARGEST.get(model, max(BATCHES)):
+            stages.append(_step(model, dtype, batch, CONTESTANTS, *options))
+    stages += [_ops(op, dtype) for dtype in reversed(DTYPES) for op in CASES]
+    stages += [_parity(model, dtype) for dtype in ("bf16", "fp32") for model in FULL_MODELS]
+    return list({stage.title: stage for stage in stages}.values())
+
+
+def _step(model: str, dtype: str, batch: int, contestants: Sequence[str], *options: str) -> Stage:
+    given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda"}
+    command = ("-m", "benchmarks.step", "--models", model, "--dtype", dtype, "--batch", str(batch))
+    listed = ("--contestants", *contestants)
+    title = f"step of {model}, {dtype}, batch {batch}: {', '.join(contestants)}"
+    wanted = ({"arguments": {**given, "contestants": list(contestants)}},)
+    return Stage(title, (*command, "--device", "cuda", "--tests", "passed", *listed, *options), "step", wanted)
+
+
+def _ops(op: str, dtype: str) -> Stage:
+    command = ("-m", "benchmarks.ops", "--op", op, "--dtype", dtype, "--device", "cuda", "--host", "--tests", "passed")
+    given = {"dtype": dtype, "device": "cuda"}
+    wanted = tuple({"op": op, "case": case, "arguments": given} for case in CASES[op])
+    return Stage(f"{op}, {dtype}", command, "op", wanted)
+
+
+def _parity(model: str, dtype: str) -> Stage:
+    command = ("-m", "benchmarks.parity", "--models", model, "--dtype", dtype, "--device", "cuda", "--tests", "passed")
+    given = {"model": model, "dtype": dtype, "device": "cuda"}
+    return Stage(f"parity of {model}, {dtype}", command, "parity", ({"arguments": given},))
+
+
+def is_done(stage: Stage, rows: Sequence[Mapping[str, Any]], commit: str | None, gpu: str) -> bool:
+    """Whether the rows hold all of a stage, measured at this commit, unchanged, on this GPU."""
+    same = [row for row in rows if row["benchmark"] == stage.benchmark and _is_of(row, commit, gpu)]
+    return bool(stage.wanted) and all(any(_says(row, wanted) for row in same) for wanted in stage.wanted)
+
+
+def _is_of(row: Mapping[str, Any], commit: str | None, gpu: str) -> bool:
+    facts = row["conditions"]
+    return facts["commit"] == commit and not facts["dirty"] and gpu in [one["name"] for one in facts["gpus"]]
+
+
+def _says(row: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Mapping):
+        return isinstance(row, Mapping) and all(name in row and _says(row[name], wanted[name]) for name in wanted)
+    return row == wanted
+
+
+def first() -> Iterator[Stage]:
+    """What comes before any measurement: compiling, where something is missing, and the GPU tests."""
+    if _native.why_not("cuda") is not None:
+        yield Stage("compiling", BUILD)
+    yield Stage("the GPU tests", TESTS, "gpu_tests", ({"arguments": {"device": "cuda"}},))
+
+
+def stored(results: Path) -> list[dict[str, Any]]:
+    """All rows of a folder."""
+    return [row for path in sorted(results.glob("*.jsonl")) for row in read_rows(path)]
+
+
+def run_all(
+    stages: Sequence[Stage], budget: float, run: Run, done: Callable[[Stage], bool], passed: Callable[[], object]
+) -> list[str]:
+    """Run stages in order within a budget.
+
+    Args:
+        stages: As of `first` and `plan`.
+        budget: Seconds; what runs when they are over is ended.
+        run: (arguments of Python, seconds left) -> exit status; None for a stage that was ended.
+        done: Whether a stage has its rows.
+        passed: Called where the GPU tests have passed.
+
+    Returns:
+        The titles of the stages that are left.
+
+    Raises:
+        SystemExit: Compiling or a test failed: nothing is measured.
+    """
+    end, left = time.monotonic() + budget, []
+    for stage in stages:
+        if done(stage):
+            print(f"there already: {stage.title}", flush=True)
+            continue
+        seconds = end - time.monotonic()
+        if seconds <= 0:
+            left.append(stage.title)
+            continue
+        print(f"== {stage.title}", flush=True)
+        status = run(stage.arguments, seconds)
+        if stage.benchmark in (None, "gpu_tests") and status != 0:
+            sys.exit(f"nothing is measured: {stage.title} failed or took too long")
+        if stage.benchmark == "gpu_tests":
+            passed()
+        if status != 0:
+            left.append(stage.title)
+    return left
+
+
+def _run(arguments: Sequence[str], seconds: float) -> int | None:
+    try:
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--full", action="store_true", help="everything, without a limit")
+    add("--dry-run", action="store_true", help="print the plan and run nothing; needs no GPU")
+    add("--budget", type=float, metavar="SECONDS", help=f"of the whole (default: {BUDGET}, with --full none)")
+    add("--official", type=Path, metavar="PATH", help="checkout of microsoft/SimMIM, with --full")
+    options = parser.parse_args(arguments)
+    if options.budget is None:
+        options.budget = float("inf") if options.full else BUDGET
+    if not options.budget > 0:
+        parser.error(f"--budget must be positive, got {options.budget}")
+    if options.official is not None and not options.full:
+        parser.error("--official needs --full, whose plan alone has the official code")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device; --dry-run prints the plan without one")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the plan, or run it."""
+    options = parse(arguments)
+    facts, rows = conditions(), stored(RESULTS)
+    gpu = facts["gpus"][0]["name"] if facts["gpus"] else ""
+
+    def done(stage: Stage) -> bool:
+        return is_done(stage, rows, facts["commit"], gpu) and not facts["dirty"]
+
+    def passed() -> None:
+        write_row(RESULTS / "gpu_tests.jsonl", {"benchmark": "gpu_tests", "arguments": {"device": "cuda"}})
+
+    stages = [*first(), *plan(options.full, options.official)]
+    if options.dry_run:
+        for stage in stages:
+            print(f"{'there  ' if done(stage) else 'to do  '}{stage.title}\n       {shlex.join(stage.arguments)}")
+        return
+    left = run_all(stages, options.budget, _run, done, passed)
+    print(*(f"left for the next call: {title}" for title in left), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
