@@ -64,7 +64,7 @@ def sections(rows: Sequence[Row], pictures: Iterable[str]) -> dict[str, str]:
             for line in _picture(f"roofline_{device}", title, pictures) or (f"{title}: not measured yet.", "")
         ],
     }
-    return {name: "\n".join(["", *lines]) + ("" if lines[-1] == "" else "\n") for name, lines in made.items()}
+    return {name: "\n".join(["", *lines]) + "\n" for name, lines in made.items()}
 
 
 def _by_device(
