@@ -91,6 +91,9 @@ def race(setting: Setting, contestants: Sequence[str], pairs: int) -> tuple[list
             entrants.append(_prepared(contestant, setting, state, sets))
         except (Absent, torch.OutOfMemoryError) as reason:
             absent.append(f"{contestant} does not run: {str(reason).partition('. ')[0]}")
+    for entrant in entrants:  # once more, since what came after it may make a compiler look at it again
+        entrant.trainee.step(*sets[0])
+        entrant.trainee.optimizer.zero_grad()
     for pair, inputs in enumerate(itertools.islice(itertools.cycle(sets), pairs)):
         for entrant in entrants[:: 1 if pair % 2 == 0 else -1]:
             _time(entrant, inputs, setting.device)
