@@ -36,9 +36,10 @@ Tensor forward_cpu(const Tensor& x, const Tensor& bias) {
   return out;
 }
 
-// A gradient whose dtype is nullopt is not wanted: it comes back with shape (0,).
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& bias,
-                                        std::optional<ScalarType> x_dtype, std::optional<ScalarType> bias_dtype) {
+// A result that is not wanted, as a gradient whose dtype is nullopt, comes back with shape (0,).
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& bias,
+                                                bool recompute, std::optional<ScalarType> x_dtype,
+                                                std::optional<ScalarType> bias_dtype) {
   const int64_t channels = check_inputs(x, bias);
   check(grad_out.sizes().equals(x.sizes()), "grad_out: expected the shape of x, ", shape_text(x.sizes()), ", got ",
         shape_text(grad_out.sizes()));
@@ -47,6 +48,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x,
   const Tensor grad = dense(grad_out), from = dense(x), offset = dense(bias, sums);
   const Tensor nothing = torch::stable::new_empty(x, {0});
   const Tensor grad_x = x_dtype ? torch::stable::new_empty(x, x.sizes()) : nothing;
+  const Tensor out = recompute ? torch::stable::new_empty(x, x.sizes()) : nothing;
   Tensor partials = nothing;
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -54,6 +56,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x,
                          from.const_data_ptr<T>(),
                          offset.const_data_ptr<Accumulator<T>>(),
                          x_dtype ? grad_x.mutable_data_ptr<T>() : nullptr,
+                         recompute ? out.mutable_data_ptr<T>() : nullptr,
                          nullptr,
                          x.numel() / channels,
                          channels};
@@ -66,7 +69,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Tensor& x,
     });
   });
   return {x_dtype ? dense(grad_x, *x_dtype) : nothing,
-          bias_dtype ? dense(sum_partials(partials), *bias_dtype) : nothing};
+          bias_dtype ? dense(sum_partials(partials), *bias_dtype) : nothing, out};
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ struct BackwardArgs {
   const T* x;                  // (rows, channels)
   const Accumulator<T>* bias;  // (channels)
   T* grad_x;                   // (rows, channels) or null
+  T* out;                      // (rows, channels) or null: the forward's result
   Accumulator<T>* partials;    // (chunks, channels) or null: sums of grad_x before it is rounded
   int64_t rows;
   int64_t channels;

@@ -36,33 +36,35 @@ inline Tail tail(Vec<float> z) {
 }
 
 // z Phi(z), which is -t Phi(-t) below 0 and z - t Phi(-t) above.
-inline Vec<float> gelu(Vec<float> z) {
-  const Tail at = tail(z);
+inline Vec<float> gelu(Vec<float> z, const Tail& at) {
   return maximum<float>(z, Vec<float>{}) - at.t * (at.exponential * at.ratio);
 }
 
+inline Vec<float> gelu(Vec<float> z) { return gelu(z, tail(z)); }
+
 // Phi(z) + z phi(z). Its values at z and -z add up to 1.
-inline Vec<float> slope(Vec<float> z) {
+inline Vec<float> slope(Vec<float> z, const Tail& at) {
   constexpr float kDensity = 0.398942280f;  // 1 / sqrt(2 pi)
-  const Tail at = tail(z);
   const Vec<float> below = at.exponential * (at.ratio - at.t * kDensity);
   return z < 0.0f ? below : 1.0f - below;
 }
 
-inline double normal_below(double z) { return 0.5 * __builtin_erfc(-z * 0.70710678118654752440); }
-
-inline Vec<double> gelu(Vec<double> z) {
-  for (int64_t lane = 0; lane < kLanes<double>; ++lane) z[lane] *= normal_below(z[lane]);
+// Phi(z).
+inline Vec<double> tail(Vec<double> z) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane)
+    z[lane] = 0.5 * __builtin_erfc(-z[lane] * 0.70710678118654752440);
   return z;
 }
 
-inline Vec<double> slope(Vec<double> z) {
+inline Vec<double> gelu(Vec<double> z, Vec<double> below) { return z * below; }
+
+inline Vec<double> gelu(Vec<double> z) { return gelu(z, tail(z)); }
+
+inline Vec<double> slope(Vec<double> z, Vec<double> below) {
   constexpr double kDensity = 0.39894228040143267794;
-  for (int64_t lane = 0; lane < kLanes<double>; ++lane) {
-    const double density = kDensity * __builtin_exp(-0.5 * z[lane] * z[lane]);
-    z[lane] = normal_below(z[lane]) + z[lane] * density;
-  }
-  return z;
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane)
+    below[lane] += z[lane] * (kDensity * __builtin_exp(-0.5 * z[lane] * z[lane]));
+  return below;
 }
 
 template <typename T>
@@ -89,9 +91,12 @@ void backward(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
       const T* x = args.x + row * args.channels;
       const T* grad = args.grad_out + row * args.channels;
       T* grad_x = args.grad_x ? args.grad_x + row * args.channels : nullptr;
+      T* out = args.out ? args.out + row * args.channels : nullptr;
       over_row<Sum>(args.channels, [&](int64_t c, auto n) {
         const Vec<Sum> z = widen_part(x + c, n) + widen_part(args.bias + c, n);
-        const Vec<Sum> gradient = widen_part(grad + c, n) * slope(z);
+        const auto at = tail(z);
+        const Vec<Sum> gradient = widen_part(grad + c, n) * slope(z, at);
+        if (out) narrow_part(out + c, gelu(z, at), n);
         if (grad_x) narrow_part(grad_x + c, gradient, n);
         if (sums) narrow_part(sums + c, widen_part(sums + c, n) + gradient, n);
       });

@@ -159,25 +159,30 @@ class Results {
   ScalarType sums_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+// With the bias, the norm is a result again. Where the source is x, to which delta is yet to be added, `adds_delta`.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_normed, const MaybeTensor& grad_stream, const Tensor& source, const MaybeTensor& delta,
-    const Tensor& weight, const MaybeTensor& gamma, const MaybeTensor& keep, const Tensor& mean, const Tensor& rstd,
-    bool norms_delta, MaybeDtype x_dtype, MaybeDtype delta_dtype, MaybeDtype weight_dtype, MaybeDtype bias_dtype,
-    MaybeDtype gamma_dtype) {
+    const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& keep,
+    const Tensor& mean, const Tensor& rstd, bool norms_delta, bool adds_delta, MaybeDtype x_dtype,
+    MaybeDtype delta_dtype, MaybeDtype weight_dtype, MaybeDtype bias_dtype, MaybeDtype gamma_dtype) {
   const ScalarType dtype = (norms_delta ? grad_normed : source).scalar_type(), sums = sum_dtype(dtype);
   const ScalarType normed_dtype = (norms_delta ? source : grad_normed).scalar_type();
   const ScalarType branch = branch_dtype(dtype, {normed_dtype, dtype_of(delta), delta_dtype});
   const Parameters parameters(source, weight, gamma, keep, sums);
   check_like(source, {{"grad_normed", grad_normed}, {"grad_stream", grad_stream}, {"delta", delta}});
-  check(delta || !gamma_dtype, "delta: expected for the gradient of gamma");
+  check(delta || !(gamma_dtype || adds_delta), "delta: expected for the gradient of gamma, and to be added");
+  check(!norms_delta || !(bias || adds_delta), "the norm of delta is no result, and delta is not added before it");
+  if (bias) check_shape(*bias, "bias", {parameters.channels});
   check(mean.numel() == parameters.rows && rstd.numel() == parameters.rows, "mean and rstd: expected one for each row");
   const Tensor grad = dense(grad_normed, norms_delta ? dtype : branch),
                from = dense(source, norms_delta ? branch : dtype);
   const MaybeTensor other_grad = dense_if(grad_stream, dtype), added = dense_if(delta, branch);
+  const MaybeTensor offset = dense_if(bias, sums);
   const Tensor means = dense(mean, sums), rstds = dense(rstd, sums);
   const Results results(from, sums);
   const MaybeTensor grad_x = results.activation(x_dtype && !norms_delta, dtype);
   const MaybeTensor grad_delta = results.activation(bool(delta_dtype), branch);
+  const MaybeTensor normed = results.activation(bool(bias), branch);
   MaybeTensor weights, biases, gammas;
   dispatch(dtype, branch, [&](auto stream_type, auto branch_type) {
     using Stream = typename decltype(stream_type)::type;
@@ -186,12 +191,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     BackwardArgs<Stream, Branch> args{parameters.args<Stream, Branch>(),
                                       grad.const_data_ptr(),
                                       from.const_data_ptr(),
+                                      data<Sum>(offset),
                                       data<Stream>(other_grad),
                                       data<Branch>(added),
+                                      adds_delta,
                                       means.const_data_ptr<Sum>(),
                                       rstds.const_data_ptr<Sum>(),
                                       mutable_data<Stream>(grad_x),
                                       mutable_data<Branch>(grad_delta),
+                                      mutable_data<Branch>(normed),
                                       nullptr,
                                       nullptr,
                                       nullptr};
@@ -205,9 +213,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const auto kernel = norms_delta ? table.backward_norms_delta : table.backward;
     torch::stable::parallel_for(0, args.chunks(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
-  return {results.finished(grad_x, x_dtype), results.finished(grad_delta, delta_dtype),
+  return {results.finished(grad_x, x_dtype),     results.finished(grad_delta, delta_dtype),
           results.summed(weights, weight_dtype), results.summed(biases, bias_dtype),
-          results.summed(gammas, gamma_dtype)};
+          results.summed(gammas, gamma_dtype),   results.finished(normed, normed_dtype)};
 }
 
 }  // namespace

@@ -45,12 +45,15 @@ struct BackwardArgs : Args<Stream, Branch> {
 
   const void* grad_normed;    // (rows, channels) of Branch; of Stream where delta is normalised
   const void* source;         // (rows, channels) of Stream; of Branch where delta is normalised
+  const Sum* bias;            // (channels) or null
   const Stream* grad_stream;  // (rows, channels) or null
-  const Branch* delta;        // (rows, channels) or null, as the following
+  const Branch* delta;        // (rows, channels) or null
+  bool adds_delta;            // to what the source points to
   const Sum* mean;            // (rows)
   const Sum* rstd;            // (rows)
-  Stream* grad_x;
+  Stream* grad_x;             // (rows, channels) or null, as the following
   Branch* grad_delta;
+  Branch* normed;        // the norm again
   Sum* weight_partials;  // (chunks, channels)
   Sum* bias_partials;
   Sum* gamma_partials;

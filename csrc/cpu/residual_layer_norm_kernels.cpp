@@ -10,6 +10,7 @@
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
 
+using residual_layer_norm::Args;
 using residual_layer_norm::BackwardArgs;
 using residual_layer_norm::ForwardArgs;
 
@@ -39,6 +40,19 @@ inline void centre(Sum* row, int64_t channels, Vec<Sum> total, Sum eps, Sum* mea
   *rstd = 1 / std::sqrt(sum_lanes<Sum>(squares) / Sum(channels) + eps);
 }
 
+// x + keep gamma delta of n elements from channel c on, as the stream rounds it.
+template <typename Stream, typename Branch>
+inline Vec<Accumulator<Stream>> add_branch(const Args<Stream, Branch>& args, Vec<Accumulator<Stream>> x,
+                                           const Branch* delta, Accumulator<Stream> keep, int64_t c, auto n) {
+  using Sum = Accumulator<Stream>;
+  Vec<Sum> branch = widen_part(delta, n) * keep;
+  if (args.gamma) branch *= widen_part(args.gamma + c, n);
+  if constexpr (std::is_same_v<Stream, Sum>) return x + branch;
+  Stream rounded[kLanes<Sum>] = {};
+  narrow_part(rounded, x + branch, n);
+  return widen_part(static_cast<const Stream*>(rounded), n);
+}
+
 template <typename Stream, typename Branch>
 void forward(const ForwardArgs<Stream, Branch>& args, int64_t begin, int64_t end) {
   using Sum = Accumulator<Stream>;
@@ -52,11 +66,8 @@ void forward(const ForwardArgs<Stream, Branch>& args, int64_t begin, int64_t end
     over_row<Sum>(channels, [&](int64_t c, auto n) {
       Vec<Sum> value = widen_part(args.x + first + c, n);
       if (args.delta) {
-        Vec<Sum> branch = widen_part(args.delta + first + c, n) * keep;
-        if (args.gamma) branch *= widen_part(args.gamma + c, n);
-        value += branch;
+        value = add_branch(args, value, args.delta + first + c, keep, c, n);
         narrow_part(args.stream + first + c, value, n);
-        if (!std::is_same_v<Stream, Sum>) value = widen_part(args.stream + first + c, n);  // as it is rounded
       }
       total += value;
       store(values + c, value);
@@ -93,7 +104,8 @@ void forward_norms_delta(const ForwardArgs<Stream, Branch>& args, int64_t begin,
   }
 }
 
-// Chunks of rows: gradients of source and branch, and the chunk's sums for the parameters.
+// Chunks of rows: gradients of source and branch, the norm where it is wanted again, and the chunk's sums for the
+// parameters.
 template <typename Stream, typename Branch, bool kNormsDelta>
 void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t end) {
   using Sum = Accumulator<Stream>;
@@ -120,12 +132,17 @@ void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t e
       over_row<Sum>(channels, [&](int64_t c, auto n) {
         Vec<Sum> grad = widen_part(grad_normed + c, n);
         if (kNormsDelta) grad *= keep;
-        const Vec<Sum> normed = (widen_part(source + c, n) - mean) * rstd,
-                       scaled = grad * widen_part(args.weight + c, n);
+        const Vec<Sum> weight = widen_part(args.weight + c, n), scaled = grad * weight;
+        Vec<Sum> normed = widen_part(source + c, n);
+        if constexpr (!kNormsDelta)
+          if (args.adds_delta) normed = add_branch(args, normed, args.delta + first + c, keep, c, n);
+        normed = (normed - mean) * rstd;
         if (weight_sums) add(weight_sums + c, grad * normed, n);
         if (bias_sums) add(bias_sums + c, grad, n);
         total += scaled;
         along += scaled * normed;
+        if constexpr (!kNormsDelta)
+          if (args.normed) narrow_part(args.normed + first + c, normed * weight + widen_part(args.bias + c, n), n);
         store(values + c, normed);
         store(gradients + c, scaled);
       });

@@ -14,6 +14,18 @@ from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_choice, check_rate, check_types, mismatch
 from simmim_fast._backends import BACKENDS
+from simmim_fast.models.recompute import (
+    RECOMPUTE,
+    Affine,
+    GeluLinear,
+    LinearGeluLinear,
+    NormLinear,
+    NormMlp,
+    cast_together,
+    gelu_backend,
+    is_plain,
+    norm_backend,
+)
 from simmim_fast.ops import bias_gelu, masked_patch_embed, residual_layer_norm, substitute_mask_tokens
 
 NormLayer = Callable[[int], nn.Module]
@@ -39,6 +51,7 @@ def check_encoder_arguments(
     for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         check_rate(name, values[name])
     check_choice("backend", values["backend"], ("auto", *BACKENDS))
+    check_choice("recompute", values["recompute"], RECOMPUTE)
     if values["backend"] in ("native", "triton") and values["attn_drop_rate"] > 0:
         raise ValueError(
             f"attn_drop_rate must be 0 with backend={values['backend']!r}, whose kernels drop no attention weights, got"
@@ -171,20 +184,31 @@ class Mlp(nn.Module):
         drop: Dropout rate after the second layer, and after the GELU where `drop_hidden`.
         drop_hidden: Whether the hidden layer is dropped too: Swin does, the official ViT does not.
         backend: Of the bias and GELU between; the reference leaves the bias to the first layer.
+        recompute: What the backward computes again: see `SwinTransformer`.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, drop: float = 0.0, drop_hidden: bool = True, backend: str = "auto"
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        drop_hidden: bool = True,
+        backend: str = "auto",
+        recompute: str = "pointwise",
     ) -> None:
         super().__init__()
         self.backend = backend
+        self.recompute = recompute
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
         self.drop_hidden = drop_hidden
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fc2: Affine | None = None) -> Tensor:
+        """x (..., C) to (..., C). With the second layer's parameters, x is the first's product, without its bias."""
+        if fc2 is not None:
+            return self.drop(self._second_layer(x, fc2))
         if self.backend == "reference":
             x = self.act(self.fc1(x))
         else:
@@ -192,6 +216,49 @@ class Mlp(nn.Module):
         if self.drop_hidden:
             x = self.drop(x)
         return self.drop(self.fc2(x))
+
+    def _second_layer(self, hidden: Tensor, fc2: Affine) -> Tensor:
+        backend = gelu_backend(hidden, self.backend)
+        if backend is not None and self.recompute != "none" and not self._drops_hidden:
+            return GeluLinear.apply(hidden, self.fc1.bias, *fc2, backend)
+        x = bias_gelu(hidden, self.fc1.bias, backend=self.backend)
+        return F.linear(self.drop(x) if self.drop_hidden else x, *fc2)
+
+    @property
+    def _drops_hidden(self) -> bool:
+        return self.drop_hidden and self.training and self.drop.p > 0
+
+    def backend_to_recompute(self, weight: Tensor) -> str | None:
+        """The backend where the whole MLP is computed again, `weight` being the first layer's; else None."""
+        if self.recompute != "mlp" or self._drops_hidden or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return gelu_backend(weight, self.backend)
+
+
+class BlockWeights(NamedTuple):
+    """The parameters of a block's linear layers, in the dtype of their products; of the first of the MLP its weight."""
+
+    qkv: Affine
+    proj: Affine
+    fc1: Tensor
+    fc2: Affine
+
+
+def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights | None:
+    """The parameters of a block's layers, cast together under autocast; None where a layer must be called itself."""
+    layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    if not all(map(is_plain, layers)):
+        return None
+    parameters = (*(layer.weight for layer in layers), attn.proj.bias, mlp.fc2.bias, *attn.qkv_biases())
+    qkv, proj, fc1, fc2, proj_bias, fc2_bias, *qkv_biases = cast_together(parameters)
+    return BlockWeights(Affine(qkv, join_biases(qkv_biases)), Affine(proj, proj_bias), fc1, Affine(fc2, fc2_bias))
+
+
+def join_biases(biases: Sequence[Tensor]) -> Tensor | None:
+    """The bias of q, k and v together, (3C), from none, from itself or from those of q and v; k then has none."""
+    if len(biases) == 2:
+        return torch.cat([biases[0], torch.zeros_like(biases[1]), biases[1]])
+    return biases[0] if biases else None
 
 
 class DropPath(nn.Module):
@@ -247,6 +314,59 @@ class Stream(NamedTuple):
         """The stream with its branch, and its LayerNorm."""
         parameters = (norm.weight, norm.bias, norm.eps)
         return residual_layer_norm(self.x, self.branch, *parameters, gamma=self.gamma, keep=self.keep, backend=backend)
+
+    def normalise_into(
+        self, norm: nn.LayerNorm, layer: Affine, backend: str, recompute: str, store_sum: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with its branch, and the product of its LayerNorm.
+
+        Args:
+            norm: The LayerNorm.
+            layer: Parameters of the product.
+            backend: Of the norm.
+            recompute: Whether the backward computes the norm again, unless "none".
+            store_sum: Whether the backward keeps the sum for it; else x and branch, which others keep anyway.
+        """
+        chosen = None if recompute == "none" else norm_backend(self.x, self.branch, backend)
+        if chosen is None:
+            y, normed = self.normalise(norm, backend)
+            return y, F.linear(normed, *layer)
+        options = (norm.eps, chosen, store_sum or not self._is_narrower)
+        return NormLinear.apply(*self._scaled, norm.weight, norm.bias, *layer, *options)
+
+    def through_mlp(
+        self, norm: nn.LayerNorm, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with its branch, and what the MLP makes of its LayerNorm; the rest as in `normalise_into`."""
+        gelu = mlp.backend_to_recompute(weights.fc1)
+        chosen = None if gelu is None else norm_backend(self.x, self.branch, backend)
+        if chosen is None:
+            y, hidden = self.normalise_into(norm, Affine(weights.fc1, None), backend, mlp.recompute, store_sum)
+            return y, mlp(hidden, weights.fc2)
+        options = (norm.eps, chosen, gelu, store_sum or not self._is_narrower)
+        parameters = (norm.weight, norm.bias, weights.fc1, mlp.fc1.bias, *weights.fc2)
+        y, branch = NormMlp.apply(*self._scaled, *parameters, *options)
+        return y, mlp.drop(branch)
+
+    @property
+    def _scaled(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.x, self.branch, self.gamma, self.keep
+
+    @property
+    def _is_narrower(self) -> bool:
+        """Whether it takes less to keep the branch than the sum, x being kept anyway."""
+        if self.branch is None or torch.promote_types(self.x.dtype, self.branch.dtype) != self.x.dtype:
+            return False
+        return self.gamma is not None or self.branch.dtype.itemsize < self.x.dtype.itemsize
+
+
+def apply_mlp(x: Tensor, mlp: Mlp, weights: BlockWeights) -> Tensor:
+    """The MLP of x (B, ..., C)."""
+    backend = mlp.backend_to_recompute(weights.fc1)
+    if backend is None:
+        return mlp(F.linear(x, weights.fc1), weights.fc2)
+    x = x.to(weights.fc1.dtype)
+    return mlp.drop(LinearGeluLinear.apply(x, weights.fc1, mlp.fc1.bias, *weights.fc2, backend))
 
 
 def is_fused(backend: str, *norms: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,13 +22,16 @@ from simmim_fast.models.layers import (
     NormLayer,
     PatchEmbed,
     Stream,
+    block_weights,
     check_encoder_arguments,
     check_image_size,
     init_linear_and_norm,
     is_fused,
+    join_biases,
     select_tokens,
     stochastic_depth_rates,
 )
+from simmim_fast.models.recompute import Affine, cast_together, is_plain
 from simmim_fast.ops import shifted_window_attention
 from simmim_fast.ops.shifted_window_attention import reference
 from simmim_fast.ops.shifted_window_attention.reference import relative_position_index, shift_mask
@@ -36,7 +40,8 @@ from simmim_fast.ops.shifted_window_attention.reference import relative_position
 class AttentionInWindows(nn.Module):
     """What the attention of both Swins shares: attending inside (shifted) windows, without the linear layers around it.
 
-    A subclass registers the buffer `relative_position_index`, at the place that it has in official checkpoints.
+    A subclass registers the buffer `relative_position_index`, at the place that it has in official checkpoints, and
+    has the layers `qkv` and `proj` and the method `qkv_biases`.
 
     Args:
         window_size: Height and width of a window in tokens.
@@ -55,6 +60,11 @@ class AttentionInWindows(nn.Module):
         self.num_heads = num_heads
         self.backend = backend
         self.attn_drop = nn.Dropout(attn_drop)
+
+    def pad_value(self, grid: Sequence[int]) -> Tensor | None:
+        """What padded tokens carry, (3C), where a grid needs them."""
+        padded = any(size % window for size, window in zip(grid, self.window_size, strict=True))
+        return join_biases(self.qkv_biases()) if padded else None
 
     def attend(self, qkv: Tensor, bias_table: Tensor, attn_mask: Tensor | None, **form: Any) -> Tensor:
         """qkv (B, H, W, 3C) to (B, H, W, C), or (B, K, C) with `queries` (B, K) in a grid of one window.
@@ -109,10 +119,20 @@ class WindowAttention(AttentionInWindows):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`."""
-        form = {"scale": self.scale, "pad_value": self.qkv.bias, "queries": queries}
-        return self.proj_drop(self.proj(self.attend(self.qkv(x), self.relative_position_bias_table, attn_mask, **form)))
+    def qkv_biases(self) -> tuple[Tensor, ...]:
+        return () if self.qkv.bias is None else (self.qkv.bias,)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None, proj: Affine | None = None
+    ) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`.
+
+        With the parameters of `proj`, x is the product of `qkv` (B, H, W, 3C).
+        """
+        form = {"scale": self.scale, "pad_value": self.pad_value(x.shape[1:3]), "queries": queries}
+        qkv = self.qkv(x) if proj is None else x
+        x = self.attend(qkv, self.relative_position_bias_table, attn_mask, **form)
+        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
 
 
 class SwinTransformerBlock(nn.Module):
@@ -128,6 +148,7 @@ class SwinTransformerBlock(nn.Module):
         drop: Dropout rate of the projection and the MLP.
         drop_path: Stochastic-depth rate.
         norm_layer: Builds a norm from its channels.
+        recompute: What the backward computes again: see `SwinTransformer`.
         **attention: What `attention_layer` takes besides: qkv_bias, qk_scale, attn_drop, backend.
     """
 
@@ -145,9 +166,11 @@ class SwinTransformerBlock(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
+        recompute: str = "pointwise",
         **attention: object,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         window = tuple(min(w, size) for w, size in zip(window_size, input_resolution, strict=True))
         shift = tuple(
             w // 2 if shifted and size > w else 0 for w, size in zip(window_size, input_resolution, strict=True)
@@ -156,7 +179,7 @@ class SwinTransformerBlock(nn.Module):
         self.attn = self.attention_layer(dim, window, shift, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, backend=self.attn.backend)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, backend=self.attn.backend, recompute=recompute)
         self.is_one_window = window[0] >= input_resolution[0] and window[1] >= input_resolution[1]
         padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
         self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
@@ -164,20 +187,31 @@ class SwinTransformerBlock(nn.Module):
     def forward(self, x: Tensor | Stream, tokens: Tensor | None = None) -> Tensor | Stream:
         """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
         if isinstance(x, Stream):
-            x, normed = x.normalise(self.norm1, self.attn.backend)
-            branch = self._attend(normed, tokens)
-            stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
-            x, normed = stream.normalise(self.norm2, self.attn.backend)
-            branch = self.mlp(normed)
-            return Stream(x, branch, keep=self.drop_path.keep(branch))
+            return self._forward_stream(x, tokens)
         x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _attend(self, x: Tensor, tokens: Tensor | None) -> Tensor:
-        """Attention on x (B, H, W, C), of the listed tokens alone where there is a list."""
+    def _forward_stream(self, stream: Stream, tokens: Tensor | None) -> Stream:
+        weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
+        if weights is None:
+            x, normed = stream.normalise(self.norm1, backend)
+            branch = self._attend(normed, tokens)
+        else:
+            x, qkv = stream.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
+            branch = self._attend(qkv, tokens, weights.proj)
+        stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
+        if weights is None:
+            x, normed = stream.normalise(self.norm2, backend)
+            branch = self.mlp(normed)
+        else:
+            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
+        return Stream(x, branch, keep=self.drop_path.keep(branch))
+
+    def _attend(self, x: Tensor, tokens: Tensor | None, proj: Affine | None = None) -> Tensor:
+        """Attention on x (B, H, W, C), of the listed tokens alone where there is a list; proj as in the attention."""
         if tokens is None or self.is_one_window:
-            return self.attn(x, self.attn_mask, tokens)
-        return select_tokens(self.attn(x, self.attn_mask), tokens)
+            return self.attn(x, self.attn_mask, tokens, proj)
+        return select_tokens(self.attn(x, self.attn_mask, proj=proj), tokens)
 
 
 class PatchMerging(nn.Module):
@@ -186,15 +220,26 @@ class PatchMerging(nn.Module):
     Args:
         dim: Channels in.
         norm_layer: Builds a norm from its channels.
+        backend: Of the norm.
+        recompute: What the backward computes again: see `SwinTransformer`.
     """
 
-    def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm) -> None:
+    def __init__(
+        self, dim: int, norm_layer: NormLayer = nn.LayerNorm, backend: str = "auto", recompute: str = "pointwise"
+    ) -> None:
         super().__init__()
+        self.backend, self.recompute = backend, recompute
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(self.norm(gather_neighbours(x)))
+        x = gather_neighbours(x)
+        if not is_fused(self.backend, self.norm):
+            return self.reduction(self.norm(x))
+        if not is_plain(self.reduction):
+            return self.reduction(Stream(x).normalise(self.norm, self.backend)[1])
+        (weight,) = cast_together([self.reduction.weight])
+        return Stream(x).normalise_into(self.norm, Affine(weight, None), self.backend, self.recompute)[1]
 
 
 def gather_neighbours(x: Tensor) -> Tensor:
@@ -257,6 +302,8 @@ class SwinTransformer(nn.Module):
         patch_norm: Whether the patch embedding ends in a norm.
         use_checkpoint: Whether blocks are recomputed in the backward pass instead of stored.
         backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
+        recompute: What the backward computes again instead of storing it: "pointwise", the outputs of LayerNorm and
+            GELU; "mlp", the first layer of the MLP, too; or "none". The reference stores all.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -288,6 +335,7 @@ class SwinTransformer(nn.Module):
         patch_norm: bool = True,
         use_checkpoint: bool = False,
         backend: str = "auto",
+        recompute: str = "pointwise",
     ) -> None:
         check_encoder_arguments(SwinTransformer.__init__, locals(), ())
         super().__init__()
@@ -309,7 +357,7 @@ class SwinTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
 
         block = {"window_size": window, "mlp_ratio": mlp_ratio, "drop": drop_rate, "norm_layer": norm_layer}
-        block |= {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "backend": backend}
+        block |= {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "backend": backend, "recompute": recompute}
         if qk_scale is not None:
             block["qk_scale"] = qk_scale
         self.layers = self._build_stages(depths, num_heads, drop_path_rate, use_checkpoint, block)
@@ -340,7 +388,8 @@ class SwinTransformer(nn.Module):
                 for i in range(depth)
             ]
             last = stage == len(depths) - 1
-            merging = None if last else self.merging_layer(dim, block["norm_layer"])
+            options = {name: block[name] for name in ("norm_layer", "backend", "recompute")}
+            merging = None if last else self.merging_layer(dim, **options)
             stages.append(BasicLayer(blocks, merging, use_checkpoint))
         return stages
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import NormLayer, is_fused, select_tokens
+from simmim_fast.models.layers import NormLayer, apply_mlp, block_weights, is_fused, join_biases, select_tokens
+from simmim_fast.models.recompute import Affine
 from simmim_fast.models.swin import (
     AttentionInWindows,
     MaskedSwin,
@@ -72,14 +73,21 @@ class WindowAttention(AttentionInWindows):
         """Position bias of each offset between two tokens: ((2 wh - 1)(2 ww - 1), h)."""
         return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`."""
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        form = {"logit_scale": self.logit_scale.flatten(), "pad_value": bias, "queries": queries}
-        x = self.attend(F.linear(x, self.qkv.weight, bias), self.bias_table(), attn_mask, **form)
-        return self.proj_drop(self.proj(x))
+    def qkv_biases(self) -> tuple[Tensor, ...]:
+        return () if self.q_bias is None else (self.q_bias, self.v_bias)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None = None, proj: Affine | None = None
+    ) -> Tensor:
+        """x (B, H, W, C) to (B, H, W, C), or (B, K, C) with queries; arguments as in `attend`.
+
+        With the parameters of `proj`, x is the product of `qkv` (B, H, W, 3C).
+        """
+        pad_value = self.pad_value(x.shape[1:3])
+        form = {"logit_scale": self.logit_scale.flatten(), "pad_value": pad_value, "queries": queries}
+        qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
+        x = self.attend(qkv, self.bias_table(), attn_mask, **form)
+        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
 
 
 def relative_coords_table(window_size: tuple[int, int], trained_size: tuple[int, int] | None = None) -> Tensor:
@@ -103,8 +111,13 @@ class SwinTransformerV2Block(SwinTransformerBlock):
     takes_streams = False  # the norm is of the branch, so it adds it, too
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        x = self._add(select_tokens(x, tokens), self._attend(x, tokens), self.norm1)
-        return self._add(x, self.mlp(x), self.norm2)
+        weights = None if self.attn.backend == "reference" else block_weights(self.attn, self.mlp)
+        if weights is None:
+            x = self._add(select_tokens(x, tokens), self._attend(x, tokens), self.norm1)
+            return self._add(x, self.mlp(x), self.norm2)
+        branch = self._attend(F.linear(x, *weights.qkv), tokens, weights.proj)
+        x = self._add(select_tokens(x, tokens), branch, self.norm1)
+        return self._add(x, apply_mlp(x, self.mlp, weights), self.norm2)
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         """x + LN(branch), all (B, ..., C), with stochastic depth."""
@@ -120,9 +133,10 @@ class PatchMergingV2(nn.Module):
     Args:
         dim: Channels in.
         norm_layer: Builds a norm from its channels.
+        **options: What the merging of `SwinTransformer` takes besides; the norm behind the layer has no use for it.
     """
 
-    def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm) -> None:
+    def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm, **options: str) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(2 * dim)

@@ -20,12 +20,15 @@ from simmim_fast.models.layers import (
     NormLayer,
     PatchEmbed,
     Stream,
+    block_weights,
     check_encoder_arguments,
     check_image_size,
     is_fused,
+    join_biases,
     select_tokens,
     stochastic_depth_rates,
 )
+from simmim_fast.models.recompute import Affine
 from simmim_fast.ops import biased_attention
 from simmim_fast.ops.biased_attention import reference
 from simmim_fast.ops.shifted_window_attention.reference import relative_position_index
@@ -111,16 +114,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, queries: Tensor | None = None) -> Tensor:
-        """x (B, N, C) to (B, N, C), or (B, K, C) with queries (B, K); shared_bias (h, N, N) or None."""
-        qkv_bias = None
-        if self.q_bias is not None:
-            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+    def qkv_biases(self) -> tuple[Tensor, ...]:
+        return () if self.q_bias is None else (self.q_bias, self.v_bias)
+
+    def forward(
+        self, x: Tensor, shared_bias: Tensor | None, queries: Tensor | None = None, proj: Affine | None = None
+    ) -> Tensor:
+        """x (B, N, C) to (B, N, C), or (B, K, C) with queries (B, K); shared_bias (h, N, N) or None.
+
+        With the parameters of `proj`, x is the product of `qkv` (B, N, 3C).
+        """
         bias = shared_bias
         if self.relative_position_bias_table is not None:
             own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else own + bias
-        return self.proj_drop(self.proj(self._attend(F.linear(x, self.qkv.weight, qkv_bias), bias, queries)))
+        qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
+        x = self._attend(qkv, bias, queries)
+        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
 
     def _attend(self, qkv: Tensor, bias: Tensor | None, queries: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
@@ -141,6 +151,7 @@ class Block(nn.Module):
         drop_path: Stochastic-depth rate.
         init_values: Start of the layer scale; None for none.
         norm_layer: Builds a norm from its channels.
+        recompute: What the backward computes again: see `VisionTransformer`.
         **attention: What `Attention` takes besides: qkv_bias, qk_scale, attn_drop, window_size, backend.
     """
 
@@ -153,29 +164,43 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         init_values: float | None = None,
         norm_layer: NormLayer = nn.LayerNorm,
+        recompute: str = "pointwise",
         **attention: object,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, drop_hidden=False, backend=self.attn.backend)
+        mlp = {"drop_hidden": False, "backend": self.attn.backend, "recompute": recompute}
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, **mlp)
         self.gamma_1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma_2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
     def forward(self, x: Tensor | Stream, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor | Stream:
         """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
         if isinstance(x, Stream):
-            x, normed = x.normalise(self.norm1, self.attn.backend)
-            branch = self.attn(normed, shared_bias, tokens)
-            stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
-            x, normed = stream.normalise(self.norm2, self.attn.backend)
-            branch = self.mlp(normed)
-            return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
+            return self._forward_stream(x, shared_bias, tokens)
         branch = self.attn(self.norm1(x), shared_bias, tokens)
         x = select_tokens(x, tokens) + self.drop_path(_scale(branch, self.gamma_1))
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
+
+    def _forward_stream(self, stream: Stream, shared_bias: Tensor | None, tokens: Tensor | None) -> Stream:
+        weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
+        if weights is None:
+            x, normed = stream.normalise(self.norm1, backend)
+            branch = self.attn(normed, shared_bias, tokens)
+        else:
+            x, qkv = stream.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
+            branch = self.attn(qkv, shared_bias, tokens, weights.proj)
+        stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
+        if weights is None:
+            x, normed = stream.normalise(self.norm2, backend)
+            branch = self.mlp(normed)
+        else:
+            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
+        return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
 
 
 def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -207,6 +232,8 @@ class VisionTransformer(nn.Module):
         use_mean_pooling: Whether the head reads the normed mean of the patches instead of the class token.
         init_scale: Factor of the head's initial weights.
         backend: "auto", "reference", "native" or "triton"; an explicit name never falls back.
+        recompute: What the backward computes again instead of storing it: "pointwise", the outputs of LayerNorm and
+            GELU; "mlp", the first layer of the MLP, too; or "none". The reference stores all.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -236,6 +263,7 @@ class VisionTransformer(nn.Module):
         use_mean_pooling: bool = True,
         init_scale: float = 0.001,
         backend: str = "auto",
+        recompute: str = "pointwise",
     ) -> None:
         check_encoder_arguments(VisionTransformer.__init__, locals(), ("depth", "num_heads"))
         super().__init__()
@@ -255,6 +283,7 @@ class VisionTransformer(nn.Module):
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         block = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "init_values": init_values, "norm_layer": norm_layer}
         block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate, "backend": backend}
+        block["recompute"] = recompute
         block["window_size"] = grid if use_rel_pos_bias else None
         rates = stochastic_depth_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **block) for rate in rates)

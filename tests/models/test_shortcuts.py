@@ -73,10 +73,10 @@ def test_the_last_block_computes_the_masked_tokens_alone(encoder: str) -> None:
     model = build(encoder)
     blocks = model.encoder.blocks if encoder == "vit" else model.encoder.layers[-1].blocks
     seen = []
-    blocks[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    blocks[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     train(model, mask)
     expected = int(masked_tokens(mask, model.encoder_stride // model.patch_size)[0].sum())
-    assert seen == [(3, expected, blocks[-1].mlp.fc1.in_features)]
+    assert seen == [(3, expected, blocks[-1].mlp.fc2.out_features)]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -63,6 +63,7 @@ def _bias_gelu_bwd_kernel(
     x_ptr,  # (rows, C)
     bias_ptr,  # (C)
     grad_x_ptr,  # (rows, C) or None
+    out_ptr,  # (rows, C) or None
     partial_ptr,  # (chunks, C) or None
     num_rows,
     num_channels,  # C
@@ -73,7 +74,8 @@ def _bias_gelu_bwd_kernel(
 ):
     """A chunk of rows, tile by tile. Grid: (row chunks, channel tiles).
 
-    Reads grad_out and x and writes grad_x once, and the chunk's sum, of what has not been rounded.
+    Reads grad_out and x and writes grad_x, and out where it is wanted again, once, and the chunk's sum, of what has not
+    been rounded.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     channels = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
@@ -86,8 +88,11 @@ def _bias_gelu_bwd_kernel(
         offsets = rows[:, None] * num_channels + channels[None, :]
         z = tl.load(x_ptr + offsets, mask=in_bounds, other=0.0).to(COMPUTE) + bias[None, :]
         grad = tl.load(grad_out_ptr + offsets, mask=in_bounds, other=0.0).to(COMPUTE)
+        below = _normal_below(z)
+        if out_ptr is not None:
+            store_rounded(out_ptr + offsets, z * below, in_bounds)
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
-        grad *= _normal_below(z) + z * density
+        grad *= below + z * density
         if grad_x_ptr is not None:
             store_rounded(grad_x_ptr + offsets, grad, in_bounds)
         total += grad
@@ -119,10 +124,16 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, bias: Tensor, x_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """The operator's backward: grad_x (..., C) and grad_bias (C); empty where the dtype is None."""
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    recompute: bool,
+    x_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's backward: grad_x (..., C) and grad_bias (C), empty where the dtype is None, and out, if wanted."""
     channels = x.shape[-1]
+    out = x.new_empty(x.shape) if recompute else None
     grad_x = None if x_dtype is None else x.new_empty(x.shape, dtype=x_dtype)
     partial = None if bias_dtype is None else x.new_empty(partial_shape(x), dtype=sum_dtype(x.dtype))
     if x.numel() > 0:
@@ -133,6 +144,7 @@ def backward(
                 x.contiguous(),
                 bias.contiguous(),
                 grad_x,
+                out,
                 partial,
                 rows,
                 channels,
@@ -142,7 +154,5 @@ def backward(
                 TILE_C=tile_channels,
                 num_warps=BACKWARD.num_warps,
             )
-    return (
-        x.new_empty(0) if grad_x is None else grad_x,
-        x.new_empty(0) if partial is None else partial.sum(0).to(bias_dtype),
-    )
+    results = (grad_x, None if partial is None else partial.sum(0).to(bias_dtype), out)
+    return tuple(x.new_empty(0) if result is None else result for result in results)

@@ -34,11 +34,18 @@ def _fake(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fake_backward(
-    grad_out: Tensor, x: Tensor, bias: Tensor, x_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    recompute: bool,
+    x_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both gradients, and the forward's result, to `recompute`, each empty where it is not wanted."""
     return (
         x.new_empty(0) if x_dtype is None else x.new_empty(x.shape, dtype=x_dtype),
         x.new_empty(0) if bias_dtype is None else x.new_empty(bias.shape, dtype=bias_dtype),
+        x.new_empty(x.shape if recompute else 0),
     )
 
 
@@ -48,7 +55,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _gradients(ctx: Any, backward: Callable, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = backward(grad_out, *ctx.saved_tensors, *ctx.dtypes)
+    *gradients, _ = backward(grad_out, *ctx.saved_tensors, False, *ctx.dtypes)
     return tuple(None if dtype is None else grad for grad, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
@@ -61,11 +68,16 @@ def _bytes_moved(x: Tensor, bias: Tensor) -> tuple[int, int]:
 
 
 def _bytes_moved_backward(
-    grad_out: Tensor, x: Tensor, bias: Tensor, x_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    recompute: bool,
+    x_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[int, int]:
     """The partial sums are written once and read once, and so is their sum where it is rounded."""
     dtype = sum_dtype(x.dtype)
-    results = _fake_backward(grad_out, x.to("meta"), bias, x_dtype, bias_dtype)
+    results = _fake_backward(grad_out, x.to("meta"), bias, recompute, x_dtype, bias_dtype)
     partials = math.prod(partial_shape(x)) if bias_dtype else 0
     workspace = partials * dtype.itemsize + unrounded_nbytes(dtype, results[1])
     return grad_out.nbytes + x.nbytes + bias.nbytes + workspace, workspace + sum(t.nbytes for t in results)
@@ -78,8 +90,8 @@ OP = define_op(
         schema="(Tensor x, Tensor bias) -> Tensor", fake=_fake, flops=_no_flops, bytes_moved=_bytes_moved
     ),
     backward=Direction(
-        schema="(Tensor grad_out, Tensor x, Tensor bias, ScalarType? x_dtype, ScalarType? bias_dtype)"
-        " -> (Tensor, Tensor)",
+        schema="(Tensor grad_out, Tensor x, Tensor bias, bool recompute, ScalarType? x_dtype, ScalarType? bias_dtype)"
+        " -> (Tensor, Tensor, Tensor)",
         fake=_fake_backward,
         flops=_no_flops,
         bytes_moved=_bytes_moved_backward,

@@ -44,6 +44,17 @@ def _load_channels(pointer, channels, num_channels, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _add_branch(
+    x, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE: tl.constexpr
+):
+    """x + keep gamma delta, as the stream rounds it."""
+    branch = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE) * keep[:, None]
+    if gamma_ptr is not None:
+        branch *= _load_channels(gamma_ptr, channels, num_channels, COMPUTE)
+    return as_operand(x + branch, stream_ptr.dtype.element_ty).to(COMPUTE)
+
+
+@triton.jit
 def _residual_layer_norm_fwd_kernel(
     x_ptr,  # (rows, C)
     delta_ptr,  # (rows, C) or None
@@ -73,17 +84,15 @@ def _residual_layer_norm_fwd_kernel(
     source = _load_rows(x_ptr, offsets, in_bounds, COMPUTE)
     stream = source
     if delta_ptr is not None:
-        delta = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE)
         keep = tl.full((TILE_R,), 1.0, COMPUTE)
         if keep_ptr is not None:
             keep = tl.load(keep_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0).to(COMPUTE)
         if NORMS_DELTA:
-            source = delta
+            source = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE)
         else:
-            branch = delta * keep[:, None]
-            if gamma_ptr is not None:
-                branch *= _load_channels(gamma_ptr, channels, num_channels, COMPUTE)
-            source = as_operand(stream + branch, stream_ptr.dtype.element_ty).to(COMPUTE)
+            source = _add_branch(
+                stream, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE
+            )
             store_rounded(stream_ptr + offsets, source, in_bounds)
 
     mean = tl.sum(source, axis=1) / num_channels
@@ -107,12 +116,14 @@ def _residual_layer_norm_bwd_kernel(
     source_ptr,  # (rows, C)
     delta_ptr,  # (rows, C) or None
     weight_ptr,  # (C)
+    bias_ptr,  # (C) or None
     gamma_ptr,  # (C) or None
     keep_ptr,  # (samples) or None
     mean_ptr,  # (rows)
     rstd_ptr,  # (rows)
     grad_x_ptr,  # (rows, C) or None
     grad_delta_ptr,  # (rows, C) or None
+    normed_ptr,  # (rows, C) or None, as bias_ptr
     weight_partial_ptr,  # (chunks, C) or None
     bias_partial_ptr,  # (chunks, C) or None
     gamma_partial_ptr,  # (chunks, C) or None
@@ -121,6 +132,7 @@ def _residual_layer_norm_bwd_kernel(
     num_channels,  # C
     COMPUTE: tl.constexpr,
     NORMS_DELTA: tl.constexpr,
+    ADDS_DELTA: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
@@ -145,7 +157,15 @@ def _residual_layer_norm_bwd_kernel(
             keep = tl.load(keep_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0).to(COMPUTE)
         if NORMS_DELTA:
             grad *= keep[:, None]
-        normed = (_load_rows(source_ptr, offsets, in_bounds, COMPUTE) - mean[:, None]) * rstd[:, None]
+        source = _load_rows(source_ptr, offsets, in_bounds, COMPUTE)
+        if ADDS_DELTA:
+            source = _add_branch(
+                source, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, source_ptr, COMPUTE
+            )
+        normed = (source - mean[:, None]) * rstd[:, None]
+        if normed_ptr is not None:
+            shift = _load_channels(bias_ptr, channels, num_channels, COMPUTE)
+            store_rounded(normed_ptr + offsets, normed * weight + shift, in_bounds)
         weight_sum += grad * normed
         bias_sum += grad
 
@@ -230,19 +250,25 @@ def backward(
     source: Tensor,
     delta: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norms_delta: bool,
+    adds_delta: bool,
     x_dtype: torch.dtype | None,
     delta_dtype: torch.dtype | None,
     *parameter_dtypes: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    """The operator's backward: gradients of x, delta, weight, bias and gamma; empty where the dtype is None."""
+    """The operator's backward: gradients of x, delta, weight, bias and gamma, and the norm where bias is given.
+
+    What is not wanted is empty.
+    """
     activations = [
         None if dtype is None else source.new_empty(source.shape, dtype=dtype) for dtype in (x_dtype, delta_dtype)
     ]
+    normed = None if bias is None else source.new_empty(source.shape, dtype=grad_normed.dtype)
     partials = [
         None if dtype is None else source.new_empty(partial_shape(source), dtype=mean.dtype)
         for dtype in parameter_dtypes
@@ -252,14 +278,16 @@ def backward(
         size, chunk = tile(source.shape[-1]), chunk_rows(source.shape[-1])
         with on_device_of(source):
             _residual_layer_norm_bwd_kernel[(triton.cdiv(rows, chunk),)](
-                *map(_contiguous, (grad_normed, grad_stream, source, delta, weight, gamma, keep, mean, rstd)),
+                *map(_contiguous, (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, mean, rstd)),
                 *activations,
+                normed,
                 *partials,
                 rows,
                 rows_per_sample,
                 source.shape[-1],
                 COMPUTE=compute_type(mean.dtype),
                 NORMS_DELTA=norms_delta,
+                ADDS_DELTA=adds_delta,
                 ROWS=chunk,
                 TILE_R=size.rows,
                 TILE_C=size.channels,
@@ -269,4 +297,4 @@ def backward(
         None if partial is None else partial.sum(0).to(dtype)
         for partial, dtype in zip(partials, parameter_dtypes, strict=True)
     )
-    return tuple(source.new_empty(0) if result is None else result for result in (*activations, *sums))
+    return tuple(source.new_empty(0) if result is None else result for result in (*activations, *sums, normed))

@@ -86,17 +86,24 @@ def _fake_backward(
     source: Tensor,
     delta: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norms_delta: bool,
+    adds_delta: bool,
     *gradient_dtypes: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    shapes = (source.shape, source.shape, *[weight.shape] * 3)
+    """Gradients of x, delta, weight, bias and gamma, and, where bias is given, the norm again; each empty if not wanted.
+
+    With `adds_delta` the source is x, and delta is added to it as in the forward.
+    """
+    shapes = (source.shape, source.shape, *[weight.shape] * 3, source.shape)
+    dtypes = (*gradient_dtypes, None if bias is None else grad_normed.dtype)
     return tuple(
         source.new_empty(0) if dtype is None else source.new_empty(shape, dtype=dtype)
-        for shape, dtype in zip(shapes, gradient_dtypes, strict=True)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
     )
 
 
@@ -107,7 +114,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.x_dtype, ctx.delta_dtype, *ctx.parameter_dtypes = dtypes
     ctx.has_delta, ctx.scales = delta is not None, gamma is not None or keep is not None
     source = delta if ctx.norms_delta else x if delta is None else stream
-    ctx.save_for_backward(source, delta if ctx.needs_input_grad[4] else None, weight, gamma, keep, mean, rstd)
+    ctx.save_for_backward(source, delta if ctx.needs_input_grad[4] else None, weight, None, gamma, keep, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # a gradient that is not there is not read
 
@@ -141,7 +148,7 @@ def _wanted(
     dtypes: tuple[torch.dtype | None, ...],
 ) -> list[Tensor | None]:
     """The backward operator's gradients, None where they have no dtype."""
-    gradients = backward(grad_normed, grad_stream, *kept, norms_delta, *dtypes)
+    *gradients, _ = backward(grad_normed, grad_stream, *kept, norms_delta, False, *dtypes)
     return [None if dtype is None else gradient for gradient, dtype in zip(gradients, dtypes, strict=True)]
 
 
@@ -160,11 +167,11 @@ def _bytes_moved(*args: Any) -> tuple[int, int]:
 
 def _bytes_moved_backward(*args: Any) -> tuple[int, int]:
     """The partial sums are written once and read once, and so are their sums where these are rounded."""
-    source, mean, parameter_dtypes = args[2], args[7], args[12:]
+    source, mean, parameter_dtypes = args[2], args[8], args[14:]
     tensors = (tensor.to("meta") if isinstance(tensor, Tensor) else tensor for tensor in args)
     results = _fake_backward(*tensors)
     partials = math.prod(partial_shape(source)) * sum(dtype is not None for dtype in parameter_dtypes)
-    workspace = partials * mean.itemsize + unrounded_nbytes(mean.dtype, *results[2:])
+    workspace = partials * mean.itemsize + unrounded_nbytes(mean.dtype, *results[2:5])
     return _nbytes(*args) + workspace, workspace + _nbytes(*results)
 
 
@@ -179,10 +186,10 @@ OP = define_op(
         bytes_moved=_bytes_moved,
     ),
     backward=Direction(
-        schema="(Tensor grad_normed, Tensor? grad_stream, Tensor source, Tensor? delta, Tensor weight, Tensor? gamma,"
-        " Tensor? keep, Tensor mean, Tensor rstd, bool norms_delta, ScalarType? x_dtype, ScalarType? delta_dtype,"
-        " ScalarType? weight_dtype, ScalarType? bias_dtype, ScalarType? gamma_dtype)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        schema="(Tensor grad_normed, Tensor? grad_stream, Tensor source, Tensor? delta, Tensor weight, Tensor? bias,"
+        " Tensor? gamma, Tensor? keep, Tensor mean, Tensor rstd, bool norms_delta, bool adds_delta,"
+        " ScalarType? x_dtype, ScalarType? delta_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype,"
+        " ScalarType? gamma_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         fake=_fake_backward,
         flops=_no_flops,
         bytes_moved=_bytes_moved_backward,

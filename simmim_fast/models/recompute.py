@@ -1,0 +1,308 @@
+"""Linear layers that compute what they read again in the backward instead of storing it.
+
+The weight gradient of a linear layer needs the layer's input. Behind a LayerNorm or a GELU that is large, and cheap to
+have again from what is stored anyway: the residual stream and the norm's statistics, or the hidden layer before the
+GELU. So the backward takes the gradient of the input first; then the backward of the norm or the GELU, whose one pass
+yields the input again; and then the weight gradient.
+
+Shapes: x, delta and the stream (B, ..., C); weight (D, C) and bias (D) of a linear layer, its product (B, ..., D);
+gamma and a norm's weight and bias (C); keep (B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from simmim_fast._backends import choose
+from simmim_fast.ops.bias_gelu.op import OP as BIAS_GELU
+from simmim_fast.ops.residual_layer_norm.op import OP as RESIDUAL_LAYER_NORM
+from simmim_fast.ops.residual_layer_norm.op import size_refusal
+from simmim_fast.ops.residual_layer_norm.reference import norm_dtype, stream_dtype
+
+RECOMPUTE = ("none", "pointwise", "mlp")
+
+
+class Affine(NamedTuple):
+    """Weight and bias of a linear layer, in the dtype of its product."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's parameters may stand for it: it is PyTorch's own linear layer, unsharded and without hooks."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(map(len, hooks)) and not is_traceable_wrapper_subclass(layer.weight)
+
+
+def norm_backend(x: Tensor, delta: Tensor | None, backend: str) -> str | None:
+    """Of the backends of residual_layer_norm the one that computes again, or None for the reference, which does not."""
+    refusal = partial(size_refusal, channels=x.shape[-1])
+    chosen = choose(RESIDUAL_LAYER_NORM, backend, x.device, stream_dtype(x, delta), refusal)
+    return None if chosen == "reference" else chosen
+
+
+def gelu_backend(weight: Tensor, backend: str) -> str | None:
+    """The same of bias_gelu, for products with a weight."""
+    chosen = choose(BIAS_GELU, backend, weight.device, weight.dtype)
+    return None if chosen == "reference" else chosen
+
+
+def cast_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as autocast casts the operands of a product, by one operator in each direction.
+
+    The tensors themselves where it would leave them as they are.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    others = [tensor for tensor in tensors if tensor.dtype not in (dtype, torch.float64)]
+    cast = iter(_CastTogether.apply(dtype, *others) if others else ())
+    return [tensor if tensor.dtype in (dtype, torch.float64) else next(cast) for tensor in tensors]
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return tuple(_copies(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copies(gradients, ctx.dtypes)
+
+
+def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    copies = [tensor.new_empty(tensor.shape, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+class NormLinear(torch.autograd.Function):
+    """(y, linear(LN(y))) with y = x + keep gamma delta. Stores y, or, without `store_sum`, x and delta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        gamma: Tensor | None,
+        keep: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        backend: str,
+        store_sum: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, normed, *statistics = _normalise(
+            x, delta, norm_weight, norm_bias, gamma, keep, eps, backend, norm_dtype(x, delta)
+        )
+        y = x.view_as(x) if delta is None else y
+        ctx.set_materialize_grads(False)  # of y, where nobody uses it
+        ctx.backend = backend
+        ctx.adds_delta = delta is not None and not store_sum
+        ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
+        source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(source, added, norm_weight, norm_bias, gamma, keep, *statistics, weight)
+        return y, F.linear(normed, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, weight = ctx.saved_tensors
+        needed, grad_normed = ctx.needs_input_grad[6:8], grad_out @ weight
+        gradients, normed = _norm_gradients(
+            ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, needed[0]
+        )
+        return *gradients, *_linear_gradients(grad_out, normed, needed), *[None] * 3
+
+
+class GeluLinear(torch.autograd.Function):
+    """linear(GELU(hidden + hidden_bias)), hidden (..., C) being the product of the layer before."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+    ) -> Tensor:
+        ctx.backend = backend
+        ctx.dtypes = _dtypes_if((hidden, hidden_bias), ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden, hidden_bias, weight)
+        return F.linear(_operator("bias_gelu", backend)(hidden, hidden_bias), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:4]
+        return *_gelu_gradients(ctx.backend, ctx.dtypes, grad_out, *ctx.saved_tensors, needed), None
+
+
+class LinearGeluLinear(torch.autograd.Function):
+    """An MLP of x (..., C), whose hidden layer is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        hidden_weight: Tensor,
+        hidden_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        ctx.backend = backend
+        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x, hidden_weight, hidden_bias, weight)
+        activated = _operator("bias_gelu", backend)(F.linear(x, hidden_weight), hidden_bias)
+        return F.linear(activated, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return *_mlp_gradients(ctx.backend, ctx.bias_dtype, grad_out, x, *parameters, needed[1:5]), None
+
+
+class NormMlp(torch.autograd.Function):
+    """(y, MLP(LN(y))) with y = x + keep gamma delta. Stores y, and computes norm and hidden layer again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        gamma: Tensor | None,
+        keep: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        hidden_weight: Tensor,
+        hidden_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        backend: str,
+        gelu_backend: str,
+        store_sum: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, normed, *_ = _normalise(x, delta, norm_weight, norm_bias, gamma, keep, eps, backend, norm_dtype(x, delta))
+        y = x.view_as(x) if delta is None else y
+        ctx.set_materialize_grads(False)  # of y, where nobody uses it
+        ctx.eps, ctx.backend, ctx.gelu_backend, ctx.norm_dtype = eps, backend, gelu_backend, normed.dtype
+        ctx.adds_delta = delta is not None and not store_sum
+        ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
+        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[7] else None
+        source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
+        norm = (source, added, norm_weight, norm_bias, gamma, keep)
+        ctx.save_for_backward(*norm, hidden_weight, hidden_bias, weight)
+        activated = _operator("bias_gelu", gelu_backend)(F.linear(normed, hidden_weight), hidden_bias)
+        return y, F.linear(activated, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        source, delta, norm_weight, norm_bias, gamma, keep, *parameters = ctx.saved_tensors
+        branch = (delta, norm_weight, norm_bias, gamma, keep)
+        plain = branch if ctx.adds_delta else (None, norm_weight, norm_bias, None, None)
+        _, normed, *statistics = _normalise(source, *plain, ctx.eps, ctx.backend, ctx.norm_dtype)
+        needed = ctx.needs_input_grad[6:10]
+        grad_normed, *rest = _mlp_gradients(ctx.gelu_backend, ctx.bias_dtype, grad_out, normed, *parameters, needed)
+        kept = (source, *branch, *statistics)
+        before, _ = _norm_gradients(ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, False)
+        return *before, *rest, *[None] * 4
+
+
+_NORM = (0, 1, 4, 5, 2)  # the arguments whose gradients a norm's backward gives, in its order
+
+
+def _operator(op: str, backend: str, direction: str = "") -> Callable[..., Any]:
+    return getattr(torch.ops.simmim_fast, f"{op}_{backend}{direction}").default
+
+
+def _dtypes_if(
+    tensors: Sequence[Tensor | None], needed: Sequence[bool], indices: Sequence[int] | None = None
+) -> tuple[torch.dtype | None, ...]:
+    """Of each tensor that needs a gradient its dtype; `indices` say where `needed` has them."""
+    indices = range(len(tensors)) if indices is None else indices
+    return tuple(t.dtype if needed[i] else None for t, i in zip(tensors, indices, strict=True))
+
+
+def _normalise(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    eps: float,
+    backend: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, its norm, and mean and 1 / deviation of each row."""
+    return _operator("residual_layer_norm", backend)(x, delta, weight, bias, gamma, keep, eps, False, dtype)
+
+
+def _norm_gradients(
+    backend: str,
+    dtypes: Sequence[torch.dtype | None],
+    grad_normed: Tensor,
+    grad_y: Tensor | None,
+    kept: Sequence[Tensor | None],
+    adds_delta: bool,
+    recompute: bool,
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Gradients of x, delta, gamma, keep (None), weight and bias, and the norm's output again, if asked for."""
+    source, delta, weight, bias, gamma, keep, mean, rstd = kept
+    shared = gamma is None and keep is None and dtypes[0] == dtypes[1]  # x and delta get one tensor, as in a sum
+    asked = (dtypes[0], None, *dtypes[2:]) if shared else dtypes
+    arguments = (grad_normed, grad_y, source, delta, weight, bias if recompute else None, gamma, keep, mean, rstd)
+    *gradients, normed = _operator("residual_layer_norm", backend, "_backward")(*arguments, False, adds_delta, *asked)
+    grad_x, grad_delta, grad_weight, grad_bias, grad_gamma = _wanted(gradients, asked)
+    return (grad_x, grad_x if shared else grad_delta, grad_gamma, None, grad_weight, grad_bias), normed
+
+
+def _gelu_gradients(
+    backend: str,
+    dtypes: Sequence[torch.dtype | None],
+    grad_out: Tensor,
+    hidden: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, hidden_bias, weight and bias; `needed` is of the last two."""
+    backward = _operator("bias_gelu", backend, "_backward")
+    *gradients, activated = backward(grad_out @ weight, hidden, hidden_bias, needed[0], *dtypes)
+    return *_wanted(gradients, dtypes), *_linear_gradients(grad_out, activated, needed)
+
+
+def _mlp_gradients(
+    backend: str,
+    bias_dtype: torch.dtype | None,
+    grad_out: Tensor,
+    x: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, hidden_weight, hidden_bias, weight and bias; `needed` is of all but the first."""
+    hidden = F.linear(x, hidden_weight)
+    dtypes = (hidden.dtype, bias_dtype)
+    grad_hidden, *rest = _gelu_gradients(backend, dtypes, grad_out, hidden, hidden_bias, weight, needed[2:])
+    return grad_hidden @ hidden_weight, _linear_gradients(grad_hidden, x, (needed[0], False))[0], *rest
+
+
+def _linear_gradients(grad_out: Tensor, x: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias."""
+    grad_out = grad_out.flatten(0, -2)
+    return (grad_out.t() @ x.flatten(0, -2) if needed[0] else None), (grad_out.sum(0) if needed[1] else None)
+
+
+def _wanted(gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    return [None if dtype is None else gradient for gradient, dtype in zip(gradients, dtypes, strict=True)]
