@@ -222,7 +222,7 @@ class Mlp(nn.Module):
         if backend is not None and self.recompute != "none" and not self._drops_hidden:
             return GeluLinear.apply(hidden, self.fc1.bias, *fc2, backend)
         x = bias_gelu(hidden, self.fc1.bias, backend=self.backend)
-        return F.linear(self.drop(x) if self.drop_hidden else x, *fc2)
+        return fc2.product(self.drop(x) if self.drop_hidden else x)
 
     @property
     def _drops_hidden(self) -> bool:
@@ -236,11 +236,11 @@ class Mlp(nn.Module):
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a block's linear layers, in the dtype of their products; of the first of the MLP its weight."""
+    """The parameters of a block's linear layers; the bias of `fc1` is not among them, but goes into the GELU."""
 
     qkv: Affine
     proj: Affine
-    fc1: Tensor
+    fc1: Affine
     fc2: Affine
 
 
@@ -251,7 +251,13 @@ def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights | None:
         return None
     parameters = (*(layer.weight for layer in layers), attn.proj.bias, mlp.fc2.bias, *attn.qkv_biases())
     qkv, proj, fc1, fc2, proj_bias, fc2_bias, *qkv_biases = cast_together(parameters)
-    return BlockWeights(Affine(qkv, join_biases(qkv_biases)), Affine(proj, proj_bias), fc1, Affine(fc2, fc2_bias))
+    casts_all = mlp.recompute == "mlp"
+    return BlockWeights(
+        Affine(qkv, join_biases(qkv_biases), attn.qkv.weight.detach() if casts_all else None),
+        Affine(proj, proj_bias),
+        Affine(fc1, None, mlp.fc1.weight.detach() if casts_all else None),
+        Affine(fc2, fc2_bias, mlp.fc2.weight.detach()),
+    )
 
 
 def join_biases(biases: Sequence[Tensor]) -> Tensor | None:
@@ -330,7 +336,7 @@ class Stream(NamedTuple):
         chosen = None if recompute == "none" else norm_backend(self.x, self.branch, backend)
         if chosen is None:
             y, normed = self.normalise(norm, backend)
-            return y, F.linear(normed, *layer)
+            return y, layer.product(normed)
         options = (norm.eps, chosen, store_sum or not self._is_narrower)
         return NormLinear.apply(*self._scaled, norm.weight, norm.bias, *layer, *options)
 
@@ -338,14 +344,14 @@ class Stream(NamedTuple):
         self, norm: nn.LayerNorm, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The stream with its branch, and what the MLP makes of its LayerNorm; the rest as in `normalise_into`."""
-        gelu = mlp.backend_to_recompute(weights.fc1)
+        gelu = mlp.backend_to_recompute(weights.fc1.weight)
         chosen = None if gelu is None else norm_backend(self.x, self.branch, backend)
         if chosen is None:
-            y, hidden = self.normalise_into(norm, Affine(weights.fc1, None), backend, mlp.recompute, store_sum)
+            y, hidden = self.normalise_into(norm, weights.fc1, backend, mlp.recompute, store_sum)
             return y, mlp(hidden, weights.fc2)
         options = (norm.eps, chosen, gelu, store_sum or not self._is_narrower)
-        parameters = (norm.weight, norm.bias, weights.fc1, mlp.fc1.bias, *weights.fc2)
-        y, branch = NormMlp.apply(*self._scaled, *parameters, *options)
+        hidden = (weights.fc1.weight, weights.fc1.stored, mlp.fc1.bias)
+        y, branch = NormMlp.apply(*self._scaled, norm.weight, norm.bias, *hidden, *weights.fc2, *options)
         return y, mlp.drop(branch)
 
     @property
@@ -362,11 +368,12 @@ class Stream(NamedTuple):
 
 def apply_mlp(x: Tensor, mlp: Mlp, weights: BlockWeights) -> Tensor:
     """The MLP of x (B, ..., C)."""
-    backend = mlp.backend_to_recompute(weights.fc1)
+    fc1 = weights.fc1
+    backend = mlp.backend_to_recompute(fc1.weight)
     if backend is None:
-        return mlp(F.linear(x, weights.fc1), weights.fc2)
-    x = x.to(weights.fc1.dtype)
-    return mlp.drop(LinearGeluLinear.apply(x, weights.fc1, mlp.fc1.bias, *weights.fc2, backend))
+        return mlp(fc1.product(x), weights.fc2)
+    hidden = (fc1.weight, fc1.stored, mlp.fc1.bias)
+    return mlp.drop(LinearGeluLinear.apply(x.to(fc1.weight.dtype), *hidden, *weights.fc2, backend))
 
 
 def is_fused(backend: str, *norms: nn.Module) -> bool:

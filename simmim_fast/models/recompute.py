@@ -3,7 +3,8 @@
 The weight gradient of a linear layer needs the layer's input. Behind a LayerNorm or a GELU that is large, and cheap to
 have again from what is stored anyway: the residual stream and the norm's statistics, or the hidden layer before the
 GELU. So the backward takes the gradient of the input first; then the backward of the norm or the GELU, whose one pass
-yields the input again; and then the weight gradient.
+yields the input again; and then the weight gradient. Under autocast a weight's copy in the dtype of the products is
+made again, too, where that is asked for.
 
 Shapes: x, delta and the stream (B, ..., C); weight (D, C) and bias (D) of a linear layer, its product (B, ..., D);
 gamma and a norm's weight and bias (C); keep (B).
@@ -30,10 +31,21 @@ RECOMPUTE = ("none", "pointwise", "mlp")
 
 
 class Affine(NamedTuple):
-    """Weight and bias of a linear layer, in the dtype of its product."""
+    """The parameters of a linear layer, in the dtype of its product.
+
+    Attributes:
+        weight: (D, C).
+        bias: (D), or None.
+        stored: What the backward keeps in the weight's stead and casts again, or None to keep the weight.
+    """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    stored: Tensor | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C) to (..., D)."""
+        return F.linear(x, self.weight, self.bias)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -100,6 +112,7 @@ class NormLinear(torch.autograd.Function):
         norm_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        stored: Tensor | None,
         eps: float,
         backend: str,
         store_sum: bool,
@@ -113,17 +126,17 @@ class NormLinear(torch.autograd.Function):
         ctx.adds_delta = delta is not None and not store_sum
         ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
         source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
-        ctx.save_for_backward(source, added, norm_weight, norm_bias, gamma, keep, *statistics, weight)
+        ctx.save_for_backward(source, added, norm_weight, norm_bias, gamma, keep, *statistics, _or(stored, weight))
         return y, F.linear(normed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *kept, weight = ctx.saved_tensors
-        needed, grad_normed = ctx.needs_input_grad[6:8], grad_out @ weight
+        needed, grad_normed = ctx.needs_input_grad[6:8], grad_out @ weight.to(grad_out.dtype)
         gradients, normed = _norm_gradients(
             ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, needed[0]
         )
-        return *gradients, *_linear_gradients(grad_out, normed, needed), *[None] * 3
+        return *gradients, *_linear_gradients(grad_out, normed, needed), *[None] * 4
 
 
 class GeluLinear(torch.autograd.Function):
@@ -131,17 +144,23 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+        ctx: Any,
+        hidden: Tensor,
+        hidden_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stored: Tensor | None,
+        backend: str,
     ) -> Tensor:
         ctx.backend = backend
         ctx.dtypes = _dtypes_if((hidden, hidden_bias), ctx.needs_input_grad[:2])
-        ctx.save_for_backward(hidden, hidden_bias, weight)
+        ctx.save_for_backward(hidden, hidden_bias, _or(stored, weight))
         return F.linear(_operator("bias_gelu", backend)(hidden, hidden_bias), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:4]
-        return *_gelu_gradients(ctx.backend, ctx.dtypes, grad_out, *ctx.saved_tensors, needed), None
+        return *_gelu_gradients(ctx.backend, ctx.dtypes, grad_out, *ctx.saved_tensors, needed), None, None
 
 
 class LinearGeluLinear(torch.autograd.Function):
@@ -152,22 +171,24 @@ class LinearGeluLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         hidden_weight: Tensor,
+        stored_hidden: Tensor | None,
         hidden_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        stored: Tensor | None,
         backend: str,
     ) -> Tensor:
         ctx.backend = backend
-        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(x, hidden_weight, hidden_bias, weight)
+        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(x, _or(stored_hidden, hidden_weight), hidden_bias, _or(stored, weight))
         activated = _operator("bias_gelu", backend)(F.linear(x, hidden_weight), hidden_bias)
         return F.linear(activated, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return *_mlp_gradients(ctx.backend, ctx.bias_dtype, grad_out, x, *parameters, needed[1:5]), None
+        needed = ctx.needs_input_grad[1:6]
+        return *_mlp_gradients(ctx.backend, ctx.bias_dtype, grad_out, x, *parameters, needed), None, None
 
 
 class NormMlp(torch.autograd.Function):
@@ -183,9 +204,11 @@ class NormMlp(torch.autograd.Function):
         norm_weight: Tensor,
         norm_bias: Tensor,
         hidden_weight: Tensor,
+        stored_hidden: Tensor | None,
         hidden_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        stored: Tensor | None,
         eps: float,
         backend: str,
         gelu_backend: str,
@@ -197,10 +220,10 @@ class NormMlp(torch.autograd.Function):
         ctx.eps, ctx.backend, ctx.gelu_backend, ctx.norm_dtype = eps, backend, gelu_backend, normed.dtype
         ctx.adds_delta = delta is not None and not store_sum
         ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
-        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[7] else None
+        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[8] else None
         source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
         norm = (source, added, norm_weight, norm_bias, gamma, keep)
-        ctx.save_for_backward(*norm, hidden_weight, hidden_bias, weight)
+        ctx.save_for_backward(*norm, _or(stored_hidden, hidden_weight), hidden_bias, _or(stored, weight))
         activated = _operator("bias_gelu", gelu_backend)(F.linear(normed, hidden_weight), hidden_bias)
         return y, F.linear(activated, weight, bias)
 
@@ -210,11 +233,11 @@ class NormMlp(torch.autograd.Function):
         branch = (delta, norm_weight, norm_bias, gamma, keep)
         plain = branch if ctx.adds_delta else (None, norm_weight, norm_bias, None, None)
         _, normed, *statistics = _normalise(source, *plain, ctx.eps, ctx.backend, ctx.norm_dtype)
-        needed = ctx.needs_input_grad[6:10]
+        needed = ctx.needs_input_grad[6:11]
         grad_normed, *rest = _mlp_gradients(ctx.gelu_backend, ctx.bias_dtype, grad_out, normed, *parameters, needed)
         kept = (source, *branch, *statistics)
         before, _ = _norm_gradients(ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, False)
-        return *before, *rest, *[None] * 4
+        return *before, *rest, *[None] * 5
 
 
 _NORM = (0, 1, 4, 5, 2)  # the arguments whose gradients a norm's backward gives, in its order
@@ -222,6 +245,10 @@ _NORM = (0, 1, 4, 5, 2)  # the arguments whose gradients a norm's backward gives
 
 def _operator(op: str, backend: str, direction: str = "") -> Callable[..., Any]:
     return getattr(torch.ops.simmim_fast, f"{op}_{backend}{direction}").default
+
+
+def _or(stored: Tensor | None, weight: Tensor) -> Tensor:
+    return weight if stored is None else stored
 
 
 def _dtypes_if(
@@ -277,7 +304,7 @@ def _gelu_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, hidden_bias, weight and bias; `needed` is of the last two."""
     backward = _operator("bias_gelu", backend, "_backward")
-    *gradients, activated = backward(grad_out @ weight, hidden, hidden_bias, needed[0], *dtypes)
+    *gradients, activated = backward(grad_out @ weight.to(grad_out.dtype), hidden, hidden_bias, needed[0], *dtypes)
     return *_wanted(gradients, dtypes), *_linear_gradients(grad_out, activated, needed)
 
 
@@ -291,11 +318,15 @@ def _mlp_gradients(
     weight: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, hidden_weight, hidden_bias, weight and bias; `needed` is of all but the first."""
+    """Gradients of x, hidden_weight, what is stored of it (None), hidden_bias, weight and bias.
+
+    `needed` is of all but the first.
+    """
+    hidden_weight = hidden_weight.to(grad_out.dtype)
     hidden = F.linear(x, hidden_weight)
     dtypes = (hidden.dtype, bias_dtype)
-    grad_hidden, *rest = _gelu_gradients(backend, dtypes, grad_out, hidden, hidden_bias, weight, needed[2:])
-    return grad_hidden @ hidden_weight, _linear_gradients(grad_hidden, x, (needed[0], False))[0], *rest
+    grad_hidden, *rest = _gelu_gradients(backend, dtypes, grad_out, hidden, hidden_bias, weight, needed[3:])
+    return grad_hidden @ hidden_weight, _linear_gradients(grad_hidden, x, (needed[0], False))[0], None, *rest
 
 
 def _linear_gradients(grad_out: Tensor, x: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:

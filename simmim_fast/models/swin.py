@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -132,7 +131,7 @@ class WindowAttention(AttentionInWindows):
         form = {"scale": self.scale, "pad_value": self.pad_value(x.shape[1:3]), "queries": queries}
         qkv = self.qkv(x) if proj is None else x
         x = self.attend(qkv, self.relative_position_bias_table, attn_mask, **form)
-        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
+        return self.proj_drop(self.proj(x) if proj is None else proj.product(x))
 
 
 class SwinTransformerBlock(nn.Module):
@@ -239,7 +238,8 @@ class PatchMerging(nn.Module):
         if not is_plain(self.reduction):
             return self.reduction(Stream(x).normalise(self.norm, self.backend)[1])
         (weight,) = cast_together([self.reduction.weight])
-        return Stream(x).normalise_into(self.norm, Affine(weight, None), self.backend, self.recompute)[1]
+        reduction = Affine(weight, stored=self.reduction.weight.detach() if self.recompute == "mlp" else None)
+        return Stream(x).normalise_into(self.norm, reduction, self.backend, self.recompute)[1]
 
 
 def gather_neighbours(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class WindowAttention(AttentionInWindows):
         form = {"logit_scale": self.logit_scale.flatten(), "pad_value": pad_value, "queries": queries}
         qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
         x = self.attend(qkv, self.bias_table(), attn_mask, **form)
-        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
+        return self.proj_drop(self.proj(x) if proj is None else proj.product(x))
 
 
 def relative_coords_table(window_size: tuple[int, int], trained_size: tuple[int, int] | None = None) -> Tensor:
@@ -115,7 +115,7 @@ class SwinTransformerV2Block(SwinTransformerBlock):
         if weights is None:
             x = self._add(select_tokens(x, tokens), self._attend(x, tokens), self.norm1)
             return self._add(x, self.mlp(x), self.norm2)
-        branch = self._attend(F.linear(x, *weights.qkv), tokens, weights.proj)
+        branch = self._attend(weights.qkv.product(x), tokens, weights.proj)
         x = self._add(select_tokens(x, tokens), branch, self.norm1)
         return self._add(x, apply_mlp(x, self.mlp, weights), self.norm2)
 

@@ -130,7 +130,7 @@ class Attention(nn.Module):
             bias = own if bias is None else own + bias
         qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
         x = self._attend(qkv, bias, queries)
-        return self.proj_drop(self.proj(x) if proj is None else F.linear(x, *proj))
+        return self.proj_drop(self.proj(x) if proj is None else proj.product(x))
 
     def _attend(self, qkv: Tensor, bias: Tensor | None, queries: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
