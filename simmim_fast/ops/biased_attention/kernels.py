@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simmim_fast._triton import as_operand, compute_type, dot, on_device_of, store_rounded
 from simmim_fast.ops.biased_attention.op import (
+    Tile,
     capability_of,
     chunk_images,
     compute_dtype,
@@ -33,7 +34,7 @@ OPERAND_TYPES = {
     torch.float16: tl.float16,
 }
 MIN_DOT_SIZE = 16
-OPTIONS = {"num_warps": 8, "num_stages": 1}
+NUM_STAGES = 1
 
 
 @triton.jit
@@ -211,7 +212,7 @@ def _biased_attention_bwd_kernel(
                     tl.store(pairs, so_far + grad_logits, mask=wanted)
                 grad_logits = as_operand(grad_logits, OPERAND)
                 grad_k += dot(grad_logits, q, OPERAND)
-                grad_q = tl.trans(dot(tl.trans(k), grad_logits, OPERAND))  # (R, D)
+                grad_q = dot(tl.trans(grad_logits), k, OPERAND)  # (R, D)
                 wanted_q = valid[:, None] & in_head
                 last = first_key + TILE_K >= NUM_TOKENS
                 if grad_q_ptr is not None:
@@ -249,9 +250,7 @@ def forward(
             lse,
             rows,
             of_a_program,
-            TILE_R=tile.rows,
-            TILE_K=tile.keys,
-            **_constants(qkv, num_heads, scale),
+            **_constants(tile, qkv, num_heads, scale),
         )
     return out, lse
 
@@ -294,14 +293,12 @@ def backward(
                 images,
                 chunk,
                 grad_out.shape[1],
-                TILE_R=tile.rows,
-                TILE_K=tile.keys,
-                **_constants(qkv, num_heads, scale),
+                **_constants(tile, qkv, num_heads, scale),
             )
     return grad_qkv, sums["bias"].sum(0).to(bias.dtype) if needs_bias else grad_out.new_empty(0)
 
 
-def _constants(qkv: Tensor, num_heads: int, scale: float) -> dict[str, object]:
+def _constants(tile: Tile, qkv: Tensor, num_heads: int, scale: float) -> dict[str, object]:
     """Arguments that both kernels share. With sizes known when compiling, fewer registers hold offsets and masks."""
     head_size = qkv.shape[2] // (3 * num_heads)
     return {
@@ -311,8 +308,11 @@ def _constants(qkv: Tensor, num_heads: int, scale: float) -> dict[str, object]:
         "SCALE": scale,
         "OPERAND": OPERAND_TYPES[qkv.dtype],
         "COMPUTE": compute_type(qkv.dtype),
+        "TILE_R": tile.rows,
+        "TILE_K": tile.keys,
         "TILE_D": max(MIN_DOT_SIZE, triton.next_power_of_2(head_size)),
-        **OPTIONS,
+        "num_warps": tile.warps,
+        "num_stages": NUM_STAGES,
     }
 
 

@@ -23,10 +23,11 @@ ENOUGH_PROGRAMS = 132  # multiprocessors of an H100
 
 
 class Tile(NamedTuple):
-    """Sizes of a Triton kernel's tiles of logits."""
+    """Sizes of a Triton kernel's tiles of logits, and the warps of a program."""
 
     rows: int
     keys: int
+    warps: int = 8
 
 
 class Tiles(NamedTuple):
@@ -42,18 +43,29 @@ def capability_of(device: torch.device) -> int:
 
 
 def tiles(qkv: Tensor, num_heads: int, capability: int) -> Tiles:
-    """The largest tiles that do not spill registers; below that, no more keys than there are."""
+    """The largest tiles found that spill no register; below that, no more keys than there are."""
     tokens, head_size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    if qkv.itemsize > 2:
-        chosen = Tiles(Tile(32, 32), Tile(32, 32)) if head_size <= 64 else Tiles(Tile(16, 32), Tile(16, 32))
-    elif head_size > 64:
-        chosen = Tiles(Tile(32, 128), Tile(16, 128) if capability >= 90 else Tile(16, 32))
-    elif tokens > 256:
-        chosen = Tiles(Tile(64, 64), Tile(32, 128))
-    else:
-        chosen = Tiles(Tile(32, 256), Tile(16, 256) if capability >= 90 else Tile(32, 128))
+    chosen = _single_tiles(head_size) if qkv.itemsize > 2 else _half_tiles(tokens, head_size, capability)
     keys = max(16, 2 ** math.ceil(math.log2(max(tokens, 1))))
-    return Tiles(*(Tile(tile.rows, min(tile.keys, keys)) for tile in chosen))
+    return Tiles(*(tile._replace(keys=min(tile.keys, keys)) for tile in chosen))
+
+
+def _half_tiles(tokens: int, head_size: int, capability: int) -> Tiles:
+    hopper = capability >= 90
+    if head_size > 64:
+        return Tiles(Tile(32, 64), Tile(16, 128) if hopper else Tile(16, 64))
+    one_tile = tokens <= 256
+    forward = Tile(32, 256) if one_tile and head_size > 32 else Tile(64, 64)
+    backward = Tile(16, 256) if one_tile else Tile(32, 128)
+    return Tiles(forward, backward if hopper else Tile(32, 64))
+
+
+def _single_tiles(head_size: int) -> Tiles:
+    if head_size > 64:
+        return Tiles(Tile(16, 32), Tile(16, 16, warps=4))
+    if head_size > 32:
+        return Tiles(Tile(32, 32), Tile(16, 32, warps=4))
+    return Tiles(Tile(16, 32), Tile(32, 32, warps=4))
 
 
 def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:

@@ -1,0 +1,122 @@
+"""The kernels of biased_attention: sizes, cost, what the Triton compiler makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim_fast.ops import bytes_moved, flops, register_flop_formulas
+from simmim_fast.ops.biased_attention import kernels
+from simmim_fast.ops.biased_attention.op import ENOUGH_PROGRAMS, chunk_images, program_rows, size_refusal, tiles
+from simmim_fast.testing import offline
+from tests.ops.biased_attention_operators import operator_arguments, operators
+from tests.ops.targets import Target
+
+BF16, FP32 = torch.bfloat16, torch.float32
+VIT_BASE = (197, 12, 64)
+
+
+def test_says_which_sizes_it_takes() -> None:
+    vit = {"tokens": 197, "num_heads": 12}
+    assert size_refusal("native", **vit, channels=12_000) is None
+    assert size_refusal("triton", **vit, channels=12 * 128) is None
+    assert size_refusal("triton", **vit, channels=12 * 129) == "it takes heads of at most 128 channels; got 129"
+    assert size_refusal("triton", tokens=46_340, channels=8, num_heads=1) is None
+    assert "fewer than 2^31; got 46341 tokens" in size_refusal("triton", tokens=46_341, channels=8, num_heads=1)
+
+
+@pytest.mark.parametrize("queries", [None, 120], ids=["all-rows", "queries"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_flop_formulas(backend: str, queries: int | None) -> None:
+    forward, backward = operators(Target(backend))
+    arguments, backward_arguments = operator_arguments((2, *VIT_BASE), BF16, FP32, "meta", queries=queries)
+    one_product = 2 * 2 * 12 * 64 * 197 * (queries or 197)
+    register_flop_formulas()
+    for operator, args, products in ((forward, arguments, 2), (backward, backward_arguments, 5)):
+        with FlopCounterMode(display=False) as counter:
+            operator(*args)
+        assert counter.get_total_flops() == products * one_product
+
+
+@pytest.mark.parametrize("images", [8, 16, 64, 256])
+def test_programs_fill_a_gpu(images: int) -> None:
+    """Of the forward; and the sums of the bias, which the programs of the backward have, do not grow with the batch."""
+    (qkv, bias, *_), backward_arguments = operator_arguments((images, *VIT_BASE), BF16, FP32, "meta")
+    tile = tiles(qkv, 12, 90).forward
+    rows = program_rows(tile, images * 12, 197, 197)
+    assert images * 12 * -(-197 // rows) >= ENOUGH_PROGRAMS
+    (launch,) = offline.launches(kernels.backward, *backward_arguments)
+    partial = launch.arguments["partial_ptr"]
+    assert partial.shape == (-(-images // chunk_images(images, 12, True)), *bias.shape)
+    assert launch.grid == (12 * partial.shape[0],)
+    assert 12 * partial.shape[0] <= ENOUGH_PROGRAMS
+
+
+README_ROWS = [
+    pytest.param(dtype, queries, id=f"{label}-{queries}")
+    for label, dtype, queries in (("bf16", BF16, None), ("bf16", BF16, 120), ("fp32", FP32, None))
+]
+
+
+@pytest.mark.parametrize(("dtype", "queries"), README_ROWS)
+def test_readme_states_the_bytes(dtype: torch.dtype, queries: int | None) -> None:
+    readme = Path(kernels.__file__).with_name("README.md").read_text()
+    label = f"{'bf16' if dtype == BF16 else 'fp32'} | {'197' if queries is None else f'{queries} queries'}"
+    calls = operator_arguments((64, *VIT_BASE), dtype, FP32, "meta", queries=queries)
+    for direction, operator, args in zip(("forward", "backward"), operators(Target("triton")), calls, strict=True):
+        tensors = [value for value in (*args, *operator(*args)) if isinstance(value, Tensor)]
+        least = sum(tensor.nbytes for tensor in tensors)
+        if direction == "forward" and queries is not None:  # of q and of the bias, only those rows
+            least -= (1 - queries / 197) * args[0].nbytes / 3
+        counted = sum(bytes_moved(operator, *args))
+        row = (
+            f"| {label} | {direction} | {flops(operator, *args) / 1e9:.1f} | {counted / 1e6:.0f} | {least / 1e6:.0f} |"
+        )
+        assert row in readme, row
+
+
+# Products of both directions: q k', p v; and q k', p' dO, dO v', ds' q, ds k.
+PRODUCTS = (2, 5)
+IN_MAKE_TEST = {
+    (*VIT_BASE, None, BF16, 90),
+    (*VIT_BASE, None, FP32, 80),
+    (*VIT_BASE, 120, BF16, 100),
+    (197, 12, 8, None, BF16, 80),
+}
+
+
+def compiled_cases() -> Iterator[Any]:
+    shapes = [(*VIT_BASE, None), (*VIT_BASE, 120), (577, 12, 64, None), (197, 12, 96, None), (197, 12, 8, None)]
+    for case in product(shapes, (BF16, FP32), offline.CAPABILITIES):
+        tokens, _, head_size, queries = case[0]
+        label = f"{tokens}-tokens-head-{head_size}{'-queries' if queries else ''}"
+        marks = [] if (*case[0], *case[1:]) in IN_MAKE_TEST else [pytest.mark.slow]
+        yield pytest.param(*case, id=f"{label}-{str(case[1]).removeprefix('torch.')}-{case[2]}", marks=marks)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "capability"), compiled_cases())
+def test_triton_kernels_compile(
+    shape: tuple, dtype: torch.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "capability_of", lambda device: capability)
+    *sizes, queries = shape
+    arguments, backward_arguments = operator_arguments((64, *sizes), dtype, FP32, "meta", queries=queries)
+    launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
+    for launch, products in zip(launches, PRODUCTS, strict=True):
+        compiled = offline.compile_launch(launch, capability, tmp_path)
+        offline.assert_frugal(compiled, capability)
+        tensor_core = compiled.count(r"HG?MMA\.\S*BF16") + compiled.count("UTCHMMA")
+        assert tensor_core >= products if dtype == BF16 else tensor_core == 0
+        assert compiled.count(r"\S*MMA\S*TF32") == 0
+        if sizes[2] >= 64:  # with 8 channels a thread has less than 16 bytes to load
+            wide = compiled.wide_bytes("LDG") + compiled.wide_bytes("LDGSTS")
+            rows = 1 if launch is launches[0] else 3  # q; q, dO and out
+            tile = rows * launch.arguments["TILE_R"] + 2 * min(launch.arguments["TILE_K"], sizes[0])
+            assert wide >= tile * sizes[2] * dtype.itemsize / launch.threads
