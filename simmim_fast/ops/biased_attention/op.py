@@ -53,7 +53,7 @@ def tiles(qkv: Tensor, num_heads: int, capability: int) -> Tiles:
 def _half_tiles(tokens: int, head_size: int, capability: int) -> Tiles:
     hopper = capability >= 90
     if head_size > 64:
-        return Tiles(Tile(32, 64), Tile(16, 128) if hopper else Tile(16, 64))
+        return Tiles(Tile(64, 128), Tile(16, 128) if hopper else Tile(16, 64))
     one_tile = tokens <= 256
     forward = Tile(32, 256) if one_tile and head_size > 32 else Tile(64, 64)
     backward = Tile(16, 256) if one_tile else Tile(32, 128)
@@ -65,7 +65,7 @@ def _single_tiles(head_size: int) -> Tiles:
         return Tiles(Tile(16, 32), Tile(16, 16, warps=4))
     if head_size > 32:
         return Tiles(Tile(32, 32), Tile(16, 32, warps=4))
-    return Tiles(Tile(16, 32), Tile(32, 32, warps=4))
+    return Tiles(Tile(16, 32, warps=4), Tile(32, 32, warps=4))
 
 
 def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:
@@ -186,7 +186,7 @@ def _flops_backward(
     scale: float,
     needs_bias: bool,
 ) -> int:
-    """Five products: q k' again, dO v', p' dO, ds k and ds' q. That some are computed twice does not count."""
+    """Five products: q k' again, dO v', p' dO, ds k and ds' q."""
     return 5 * _product(qkv, queries)
 
 
