@@ -3,7 +3,8 @@
 "reference" is plain PyTorch and runs everywhere. "native" is the compiled library: C++ on the CPU, CUDA C++ on the GPU.
 "triton" are the Triton kernels: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before the import.
 "auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first that can run:
-what was measured to be fastest on this GPU, then the device's order. A backend asked for by name, by argument or by
+what was measured to be fastest on this GPU, then the device's order. float64 on a GPU, whose kernels are made for less,
+is the reference's. A backend asked for by name, by argument or by
 variable, runs or raises; it never falls back.
 """
 
@@ -117,8 +118,10 @@ def _inside_a_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _auto_order(op: Op, device: torch.device) -> tuple[str, ...]:
+def _auto_order(op: Op, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     order = _AUTO_ORDER.get(device.type, ("reference",))
+    if device.type == "cuda" and dtype == torch.float64:
+        return ("reference",)
     if device.type != "cuda" or not FASTEST or not torch.cuda.is_available():
         return order
     fastest = FASTEST.get((_capability(device), op.name))
@@ -160,7 +163,7 @@ def choose(
     if wish == "auto":
         source, wish = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if wish == "auto":
-        return next(name for name in _auto_order(op, device) if reason(name) is None)
+        return next(name for name in _auto_order(op, device, dtype) if reason(name) is None)
     if not isinstance(wish, str) or wish not in BACKENDS:
         raise ValueError(_unknown_backend(source, wish))
     if (refused := reason(wish)) is not None:

@@ -72,6 +72,18 @@ def test_auto_takes_what_was_measured_to_be_fastest(
     assert choose(EVERYWHERE, "auto", CUDA, FP32) == "triton"
 
 
+def test_auto_takes_the_reference_for_float64_on_a_gpu(
+    available: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available("reference", "native", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "FASTEST", {((9, 0), "an_op"): "native"})
+    assert choose(EVERYWHERE, "auto", CUDA, torch.float64) == "reference"
+    assert choose(EVERYWHERE, "triton", CUDA, torch.float64) == "triton"
+    assert choose(EVERYWHERE, "auto", CPU, torch.float64) == "native"
+
+
 def test_auto_passes_over_what_the_op_lacks() -> None:
     assert choose(PLAIN, "auto", CPU, FP32) == "reference"
     with pytest.raises(RuntimeError, match="plain_op has no native implementation"):
