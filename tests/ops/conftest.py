@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,26 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     if target.backend == "native" and (reason := _native.why_not(target.device)) is not None:
         pytest.fail(f"native is off on {target.device}: {reason}")
     yield target
+
+
+@pytest.fixture(autouse=True)
+def counted_compilations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test compiles no more kernels offline than it is marked with; test_offline_budget.py adds the marks up."""
+    marker = request.node.get_closest_marker("compiles")
+    if marker is None and "triton" not in sys.modules:
+        yield
+        return
+    from simmim_fast.testing import offline
+
+    allowed, original, compiled = marker.args[0] if marker else 0, offline.compile_launch, []
+
+    def counted(*args: Any) -> Any:
+        compiled.append(args)
+        assert len(compiled) <= allowed, f"marked with {allowed} offline compilations, and makes more"
+        return original(*args)
+
+    monkeypatch.setattr(offline, "compile_launch", counted)
+    yield
 
 
 @pytest.fixture(autouse=True)

@@ -246,7 +246,8 @@ def test_readme_states_the_bytes(model: str, shape: tuple) -> None:
 @pytest.mark.parametrize(
     "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
 )
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.compiles(2)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.slow)], ids=str)
 def test_triton_kernels_compile(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
     x, bias = make_inputs((64, 48, 48, 512), dtype, FP32, device="meta").values()  # Swin-B, stage 1
     (forward,) = offline.launches(kernels.forward, x, bias)

@@ -394,6 +394,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.compiles(4)
 @pytest.mark.parametrize(("dtype", "capability"), COMPILED, ids=str)
 def test_triton_kernels_compile(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
     from simmim_fast.ops.linear_masked_loss import kernels

@@ -270,8 +270,15 @@ def test_cost_formulas(backend: str) -> None:
     assert counter.get_total_flops() == 0
 
 
-@pytest.mark.parametrize("capability", offline.CAPABILITIES)
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (BF16, UINT8), (FP32, FP32)], ids=str)
+COMPILED = [
+    pytest.param((BF16, UINT8), 90),
+    *(pytest.param(dtypes, 90, marks=pytest.mark.slow) for dtypes in ((BF16, FP32), (FP32, FP32))),
+    *(pytest.param((BF16, UINT8), capability, marks=pytest.mark.slow) for capability in (80, 100)),
+]
+
+
+@pytest.mark.compiles(3)
+@pytest.mark.parametrize(("dtypes", "capability"), COMPILED, ids=str)
 def test_triton_kernels_compile(dtypes: tuple, capability: int, tmp_path: Path) -> None:
     from simmim_fast.ops.masked_l1_loss import kernels
 

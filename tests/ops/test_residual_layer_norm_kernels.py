@@ -103,7 +103,8 @@ def test_readme_states_the_bytes(model: str, shape: tuple, dtype: torch.dtype, n
 @pytest.mark.parametrize(
     "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
 )
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.compiles(2)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     ("shape", "form"),
     [

@@ -74,6 +74,8 @@ CASES = [
     pytest.param({"shape": (1, 12, 6, 1, 16), "window_size": (12, 6), "shift": (6, 3)}, id="blocks"),
     pytest.param({"shape": (1, 9, 7, 1, 16), "window_size": (9, 8), "cosine": True}, id="blocks-cosine-padded"),
     pytest.param({"shape": (1, 9, 8, 1, 8), "window_size": (9, 8), "queries": 70}, id="blocks-queries"),
+    pytest.param({"shape": (5, 2, 3, 1, 33), "window_size": (2, 3)}, id="blocks-several-windows"),
+    pytest.param({"shape": (1, 12, 11, 1, 96), "window_size": (12, 12), "shift": (6, 6)}, id="blocks-wide-head"),
     pytest.param({"shape": (0, 4, 4, 2, 8), "window_size": (2, 2)}, id="empty-batch"),
 ]
 LARGE_CASES = [

@@ -249,8 +249,15 @@ def test_readme_states_the_bytes(model: str, shape: tuple, visible: float, dtype
     assert f"| {model}, {shape} | backward | {counted_backward / 1e6:.1f} | {minimum_backward / 1e6:.1f} |" in readme
 
 
-@pytest.mark.parametrize("capability", offline.CAPABILITIES)
-@pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF16, BF16), (BF16, FP32), (FP32, FP32)], ids=str)
+COMPILED = [
+    pytest.param(BF16, FP32, 90),
+    *(pytest.param(dtype, dtype, 90, marks=pytest.mark.slow) for dtype in (BF16, FP32)),
+    *(pytest.param(BF16, FP32, capability, marks=pytest.mark.slow) for capability in (80, 100)),
+]
+
+
+@pytest.mark.compiles(2)
+@pytest.mark.parametrize(("dtype", "parameter_dtype", "capability"), COMPILED, ids=str)
 def test_triton_kernels_compile(
     dtype: torch.dtype, parameter_dtype: torch.dtype, capability: int, tmp_path: Path
 ) -> None:

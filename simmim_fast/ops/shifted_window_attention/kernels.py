@@ -12,6 +12,7 @@ from torch import Tensor
 from simmim_fast._triton import compute_type, on_device_of, store_rounded
 from simmim_fast.ops.shifted_window_attention.kernels_blocked import (
     _window_attention_blocked_bwd_keys_kernel,
+    _window_attention_blocked_bwd_pairs_kernel,
     _window_attention_blocked_bwd_queries_kernel,
     _window_attention_blocked_fwd_kernel,
 )
@@ -22,9 +23,6 @@ from simmim_fast.ops.shifted_window_attention.kernels_whole import (
 )
 from simmim_fast.ops.shifted_window_attention.op import (
     ENOUGH_PROGRAMS,
-    KEY_BLOCK,
-    QUERY_BLOCK,
-    WHOLE_TOKENS,
     Sizes,
     bias_shape,
     chunk_windows,
@@ -59,6 +57,7 @@ class Configuration(NamedTuple):
     blocked_forward: Options
     blocked_backward_queries: Options
     blocked_backward_keys: Options
+    blocked_backward_pairs: Options
 
 
 HALF = Configuration(
@@ -67,23 +66,37 @@ HALF = Configuration(
     backward=Options(4, 1),
     blocked_forward=Options(4, 2),
     blocked_backward_queries=Options(4, 2),
-    blocked_backward_keys=Options(8, 1),
+    blocked_backward_keys=Options(4, 1),
+    blocked_backward_pairs=Options(4, 1),
 )
+HALF_DEEP = HALF._replace(backward=Options(4, 2))
+HALF_WIDEST = HALF._replace(blocked_forward=Options(4, 1), blocked_backward_queries=Options(4, 1))
+HALF_WIDE = HALF_WIDEST._replace(blocked_backward_keys=Options(8, 1))
 SINGLE = Configuration(
     forward=Options(8, 1),
     forward_windows=8,
     backward=Options(16, 1),
     blocked_forward=Options(8, 1),
     blocked_backward_queries=Options(8, 1),
-    blocked_backward_keys=Options(16, 1),
+    blocked_backward_keys=Options(4, 1),
+    blocked_backward_pairs=Options(8, 1),
 )
-# By compute capability and bytes of an element. Chosen by registers and occupancy, not yet by measurement on a GPU.
+SINGLE_NARROW = SINGLE._replace(blocked_backward_queries=Options(4, 1))
+SINGLE_WIDE = SINGLE._replace(blocked_backward_keys=Options(8, 1))
+_WIDE = {(2, 64): HALF_WIDE, (2, 128): HALF_WIDEST, (4, 64): SINGLE_WIDE, (4, 128): SINGLE_WIDE}
+# A table for each compute capability, by bytes of an element (float64 as float32) and channels of a padded head. Chosen
+# by registers and occupancy, not yet by measurement on a GPU.
 CONFIGURATIONS = {
-    (80, 2): HALF,
-    (90, 2): HALF._replace(backward=Options(4, 2)),
-    (100, 2): HALF._replace(backward=Options(4, 2)),
-    **{(capability, itemsize): SINGLE for capability in (80, 90, 100) for itemsize in (4, 8)},
-    (100, 4): SINGLE._replace(forward=Options(8, 2)),
+    80: _WIDE
+    | {(2, 16): HALF, (2, 32): HALF, (4, 16): SINGLE_NARROW._replace(backward=Options(8, 1)), (4, 32): SINGLE},
+    90: _WIDE | {(2, 16): HALF_DEEP, (2, 32): HALF_DEEP, (4, 16): SINGLE_NARROW, (4, 32): SINGLE},
+    100: _WIDE
+    | {
+        (2, 16): HALF_DEEP,
+        (2, 32): HALF_DEEP,
+        (4, 16): SINGLE_NARROW._replace(forward=Options(8, 2)),
+        (4, 32): SINGLE._replace(forward=Options(8, 2)),
+    },
 }
 
 
@@ -92,7 +105,12 @@ def capability_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return max(known for known, _ in CONFIGURATIONS if known <= 10 * major + minor)
+    return max(known for known in CONFIGURATIONS if known <= 10 * major + minor)
+
+
+def configuration_of(qkv: Tensor, work: Sizes) -> Configuration:
+    """How the kernels are compiled for a call."""
+    return CONFIGURATIONS[capability_of(qkv.device)][min(qkv.element_size(), 4), tile(work.head_size)]
 
 
 @triton.jit
@@ -166,15 +184,19 @@ def forward(
     out = qkv.new_empty((*grid, num_heads * work.head_size))
     if out.numel() == 0:
         return out
-    configuration = CONFIGURATIONS[capability_of(qkv.device), qkv.element_size()]
+    configuration = configuration_of(qkv, work)
     with on_device_of(qkv):
         arguments = _arguments(
             qkv, bias_table, logit_scale, pad_value, window_h, window_w, shift_h, shift_w, scale, work, kinds=1
         )
         arguments |= {"queries_ptr": _contiguous(queries), "out_ptr": out, "num_heads": num_heads}
-        if work.tokens > WHOLE_TOKENS:
-            _window_attention_blocked_fwd_kernel[(work.windows * num_heads, triton.cdiv(work.rows, QUERY_BLOCK))](
-                **arguments, TILE_M=QUERY_BLOCK, TILE_N=KEY_BLOCK, **configuration.blocked_forward._asdict()
+        if not work.whole:
+            blocks = triton.cdiv(work.rows, work.query_block)
+            _window_attention_blocked_fwd_kernel[(work.windows * num_heads, blocks)](
+                **arguments,
+                TILE_M=work.query_block,
+                TILE_N=work.key_block,
+                **configuration.blocked_forward._asdict(),
             )
         else:
             windows = _program_windows(work, num_heads, configuration.forward_windows)
@@ -229,8 +251,8 @@ def backward(
                 "places_ptr": None if queries is None else _places(queries, qkv.shape[1] * qkv.shape[2]),
                 "num_heads": num_heads,
             }
-            launch = _launch_blocked_backward if work.tokens > WHOLE_TOKENS else _launch_backward
-            launch(arguments, partials, work, CONFIGURATIONS[capability_of(qkv.device), qkv.element_size()])
+            launch = _launch_backward if work.whole else _launch_blocked_backward
+            launch(arguments, partials, work, configuration_of(qkv, work))
     return (
         grad_qkv,
         _table_gradient(partials["table"], bias_table, window_h, window_w) if needs_table else grad_out.new_empty(0),
@@ -259,30 +281,35 @@ def _launch_backward(
 def _launch_blocked_backward(
     arguments: dict[str, Any], partials: dict[str, Tensor | None], work: Sizes, configuration: Configuration
 ) -> None:
-    num_heads = arguments["num_heads"]
-    qkv = arguments["qkv_ptr"]
+    num_heads, qkv = arguments["num_heads"], arguments["qkv_ptr"]
     normaliser, delta = qkv.new_empty(statistics_shape(work, num_heads), dtype=compute_dtype(qkv.dtype))
-    _window_attention_blocked_bwd_queries_kernel[(work.windows * num_heads, query_blocks(work))](
+    arguments |= {
+        "normaliser_ptr": normaliser,
+        "delta_ptr": delta,
+        "TILE_M": work.query_block,
+        "TILE_N": work.key_block,
+    }
+    queries, keys = query_blocks(work), key_blocks(work)
+    _window_attention_blocked_bwd_queries_kernel[(work.windows * num_heads, queries)](
         **arguments,
-        normaliser_ptr=normaliser,
-        delta_ptr=delta,
         logit_scale_partial_ptr=partials["logit_scale"],
-        TILE_M=QUERY_BLOCK,
-        TILE_N=KEY_BLOCK,
         **configuration.blocked_backward_queries._asdict(),
     )
-    windows = chunk_windows(work, num_heads)
-    _window_attention_blocked_bwd_keys_kernel[(triton.cdiv(work.windows, windows) * num_heads, key_blocks(work))](
+    _window_attention_blocked_bwd_keys_kernel[(work.windows * num_heads, keys)](
         **arguments,
-        normaliser_ptr=normaliser,
-        delta_ptr=delta,
-        table_partial_ptr=partials["table"],
         pad_value_partial_ptr=partials["pad_value"],
+        **configuration.blocked_backward_keys._asdict(),
+    )
+    if partials["table"] is None:
+        return
+    windows = chunk_windows(work, num_heads)
+    del arguments["grad_qkv_ptr"]
+    _window_attention_blocked_bwd_pairs_kernel[(triton.cdiv(work.windows, windows) * num_heads, queries, keys)](
+        **arguments,
+        table_partial_ptr=partials["table"],
         num_windows=work.windows,
         WINDOWS=windows,
-        TILE_M=tile(work.tokens),
-        TILE_N=work.key_block,
-        **configuration.blocked_backward_keys._asdict(),
+        **configuration.blocked_backward_pairs._asdict(),
     )
 
 
@@ -301,7 +328,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """What every kernel takes. The table goes in as tiles of biases for `kinds` of windows, or as its columns."""
     dtype = compute_dtype(qkv.dtype)
-    if work.tokens <= WHOLE_TOKENS:
+    if work.whole:
         bias = {"bias_ptr": _bias_tiles(bias_table, window_h, window_w, shift_h, shift_w, work, kinds, dtype)}
     else:
         bias = {"table_ptr": bias_table.t().to(dtype).contiguous()}

@@ -115,6 +115,37 @@ def _window_attention_blocked_fwd_kernel(
         store_head(rows_ptr, out, places, places < num_queries, channels, first_channel, HEAD_SIZE, TILE_D)
 
 
+@triton.jit
+def _load_grad_out(
+    grad_out_ptr,
+    places_ptr,
+    window,
+    first,
+    tokens,
+    inside,
+    num_queries,
+    num_heads,
+    head,
+    HEAD_SIZE: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    """One head of the gradient of out of some tokens: (tokens, TILE_D), zero of those that are no queries."""
+    channels = num_heads * HEAD_SIZE
+    rows_ptr = grad_out_ptr + first * channels
+    if places_ptr is not None:
+        tokens = tl.load(places_ptr + first + tokens, mask=inside, other=-1)
+        inside = tokens >= 0
+        rows_ptr = grad_out_ptr + window.to(tl.int64) * num_queries * channels
+    return load_head(rows_ptr, tokens, inside, channels, head * HEAD_SIZE, HEAD_SIZE, TILE_D)
+
+
+@triton.jit
+def _weights_and_gradient(s, grad, v, normaliser, delta, OPERAND: tl.constexpr):
+    """The softmax weights of a block of logits, and the gradient of those: (queries, keys) each."""
+    p = tl.exp2(s - normaliser[:, None])
+    return p, p * (dot(grad, tl.trans(v), OPERAND) - delta[:, None])
+
+
 @triton.jit(do_not_specialize=["num_queries"])
 def _window_attention_blocked_bwd_queries_kernel(
     grad_out_ptr,  # (B, H, W, C) or (B, K, C)
@@ -166,13 +197,10 @@ def _window_attention_blocked_bwd_queries_kernel(
     q_tokens, q_inside = window_tokens(
         window, q_slots, height, width, windows_h, windows_w, shift_h, shift_w, WINDOW_H, WINDOW_W
     )
-    rows, in_rows, rows_ptr = q_tokens, q_inside, grad_out_ptr + first * channels
-    if places_ptr is not None:
-        places = tl.load(places_ptr + first + q_tokens, mask=q_inside, other=-1)
-        rows, in_rows = places, places >= 0
-        rows_ptr = grad_out_ptr + window.to(tl.int64) * num_queries * channels
     q = load_head(image_ptr, q_tokens, q_inside, 3 * channels, first_channel, HEAD_SIZE, TILE_D)  # (M, D)
-    grad = load_head(rows_ptr, rows, in_rows, channels, first_channel, HEAD_SIZE, TILE_D)  # (M, D)
+    grad = _load_grad_out(
+        grad_out_ptr, places_ptr, window, first, q_tokens, q_inside, num_queries, num_heads, head, HEAD_SIZE, TILE_D
+    )  # (M, D)
     q_sides = cut_sides(q_slots, shift_h, shift_w, WINDOW_H, WINDOW_W)
     cuts = window_cuts(window, windows_h, windows_w)
     q, inverse_q = compared(q, COSINE, COMPUTE, OPERAND)
@@ -218,8 +246,7 @@ def _window_attention_blocked_bwd_queries_kernel(
         s = logits(q, k, bias, factor, OPERAND)
         if SHIFTED:
             s = keep_apart(s, q_sides, sides, cuts)
-        p = tl.exp2(s - normaliser[:, None])
-        grad_s = p * (dot(grad, tl.trans(v), OPERAND) - delta[:, None])
+        grad_s = _weights_and_gradient(s, grad, v, normaliser, delta, OPERAND)[1]
         grad_q += dot(grad_s, k, OPERAND)
 
     grad_q, along_q = through_norm(grad_q * factor, q, inverse_q, COSINE, COMPUTE)
@@ -232,7 +259,7 @@ def _window_attention_blocked_bwd_queries_kernel(
         tl.store(logit_scale_partial_ptr + partial, tl.sum(along_q, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_windows", "num_queries"])
+@triton.jit(do_not_specialize=["num_queries"])
 def _window_attention_blocked_bwd_keys_kernel(
     grad_out_ptr,  # (B, H, W, C) or (B, K, C)
     qkv_ptr,  # (B, H, W, 3C)
@@ -243,8 +270,101 @@ def _window_attention_blocked_bwd_keys_kernel(
     grad_qkv_ptr,  # (B, H, W, 3C)
     normaliser_ptr,  # (windows, h, N)
     delta_ptr,  # (windows, h, N)
-    table_partial_ptr,  # (chunks, h, N, N) or None
     pad_value_partial_ptr,  # (windows x key blocks, 2, C) or None
+    num_queries,  # K
+    num_heads,  # h
+    height,  # H
+    width,  # W
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    SCALE: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    """The gradients of one block of k and v of a window and head, over blocks of queries.
+
+    Grid: (windows x h, key blocks).
+    Reads k and v once, q, grad_out and the rows' statistics once for every key block.
+    """
+    COSINE: tl.constexpr = logit_scale_ptr is not None
+    OPERAND: tl.constexpr = qkv_ptr.dtype.element_ty
+    TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    head = tl.program_id(0) % num_heads
+    window = tl.program_id(0) // num_heads
+    channels = num_heads * HEAD_SIZE
+    first_channel = head * HEAD_SIZE
+    first = first_token(window, height, width, windows_h, windows_w)
+    image_ptr = qkv_ptr + first * 3 * channels
+    grad_image_ptr = grad_qkv_ptr + first * 3 * channels
+    slots = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    column_ptr = table_ptr + head * (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
+    factor = logit_factor(logit_scale_ptr, head, SCALE, COMPUTE)
+    tokens, inside = window_tokens(
+        window, slots, height, width, windows_h, windows_w, shift_h, shift_w, WINDOW_H, WINDOW_W
+    )
+    k, v = load_keys_and_values(
+        image_ptr, pad_value_ptr, tokens, inside, slots < TOKENS, num_heads, head, HEAD_SIZE, TILE_D, PADDED
+    )  # (N, D) each
+    sides = cut_sides(slots, shift_h, shift_w, WINDOW_H, WINDOW_W)
+    cuts = window_cuts(window, windows_h, windows_w)
+    k, inverse_k = compared(k, COSINE, COMPUTE, OPERAND)
+    grad_k = tl.zeros((TILE_N, TILE_D), COMPUTE)
+    grad_v = tl.zeros((TILE_N, TILE_D), COMPUTE)
+
+    for first_slot in range(0, TOKENS, TILE_M):
+        q_slots = first_slot + tl.arange(0, TILE_M)
+        q_tokens, q_inside = window_tokens(
+            window, q_slots, height, width, windows_h, windows_w, shift_h, shift_w, WINDOW_H, WINDOW_W
+        )
+        q = load_head(image_ptr, q_tokens, q_inside, 3 * channels, first_channel, HEAD_SIZE, TILE_D)  # (M, D)
+        grad = _load_grad_out(
+            grad_out_ptr, places_ptr, window, first, q_tokens, q_inside, num_queries, num_heads, head, HEAD_SIZE, TILE_D
+        )  # (M, D)
+        statistics = tl.program_id(0).to(tl.int64) * TOKENS + q_slots
+        normaliser = tl.load(normaliser_ptr + statistics, mask=q_slots < TOKENS, other=float("inf"))
+        delta = tl.load(delta_ptr + statistics, mask=q_slots < TOKENS, other=0.0)
+        bias = load_bias(column_ptr, 1, q_slots, slots, WINDOW_H, WINDOW_W, COMPUTE)  # (M, N)
+        q_sides = cut_sides(q_slots, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        q = compared(q, COSINE, COMPUTE, OPERAND)[0]
+        s = logits(q, k, bias, factor, OPERAND)
+        if SHIFTED:
+            s = keep_apart(s, q_sides, sides, cuts)
+        p, grad_s = _weights_and_gradient(s, grad, v, normaliser, delta, OPERAND)
+        grad_v += dot(tl.trans(as_operand(p, OPERAND)), grad, OPERAND)
+        grad_k += dot(tl.trans(as_operand(grad_s, OPERAND)), q, OPERAND)
+
+    grad_k, _ = through_norm(grad_k * factor, k, inverse_k, COSINE, COMPUTE)
+    k_channel = channels + first_channel
+    store_head(grad_image_ptr, grad_k, tokens, inside, 3 * channels, k_channel, HEAD_SIZE, TILE_D)
+    store_head(grad_image_ptr, grad_v, tokens, inside, 3 * channels, k_channel + channels, HEAD_SIZE, TILE_D)
+    if pad_value_partial_ptr is not None:
+        padding = (slots < TOKENS) & (inside == 0)
+        row = window.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        partial = pad_value_partial_ptr + row * 2 * channels + first_channel
+        store_sum(partial, grad_k, padding, HEAD_SIZE, TILE_D)
+        store_sum(partial + channels, grad_v, padding, HEAD_SIZE, TILE_D)
+
+
+@triton.jit(do_not_specialize=["num_windows", "num_queries"])
+def _window_attention_blocked_bwd_pairs_kernel(
+    grad_out_ptr,  # (B, H, W, C) or (B, K, C)
+    qkv_ptr,  # (B, H, W, 3C)
+    table_ptr,  # (h, offsets)
+    logit_scale_ptr,  # (h) or None
+    pad_value_ptr,  # (3C) or None
+    places_ptr,  # (B, H, W) or None
+    normaliser_ptr,  # (windows, h, N)
+    delta_ptr,  # (windows, h, N)
+    table_partial_ptr,  # (chunks, h, N, N)
     num_windows,  # of the batch
     num_queries,  # K
     num_heads,  # h
@@ -266,9 +386,9 @@ def _window_attention_blocked_bwd_keys_kernel(
     TILE_N: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    """The gradients of a block of k and v in a chunk of windows, for all queries. Grid: (chunks x h, key blocks).
+    """The sums of the logits' gradients over a chunk of windows. Grid: (chunks x h, query blocks, key blocks).
 
-    Reads q, grad_out and the rows' statistics, once for every key block, and k and v; writes their gradients and sums.
+    Reads a block of q, k, v, grad_out and statistics of each window; the sum of a block of pairs stays in registers.
     """
     COSINE: tl.constexpr = logit_scale_ptr is not None
     OPERAND: tl.constexpr = qkv_ptr.dtype.element_ty
@@ -276,9 +396,8 @@ def _window_attention_blocked_bwd_keys_kernel(
     head = tl.program_id(0) % num_heads
     chunk = tl.program_id(0) // num_heads
     channels = num_heads * HEAD_SIZE
-    first_channel = head * HEAD_SIZE
-    q_slots = tl.arange(0, TILE_M)
-    slots = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    q_slots = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    slots = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
     column_ptr = table_ptr + head * (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     factor = logit_factor(logit_scale_ptr, head, SCALE, COMPUTE)
     q_sides = cut_sides(q_slots, shift_h, shift_w, WINDOW_H, WINDOW_W)
@@ -290,17 +409,13 @@ def _window_attention_blocked_bwd_keys_kernel(
         window = chunk * WINDOWS + step
         first = first_token(window, height, width, windows_h, windows_w)
         image_ptr = qkv_ptr + first * 3 * channels
-        grad_image_ptr = grad_qkv_ptr + first * 3 * channels
         q_tokens, q_inside = window_tokens(
             window, q_slots, height, width, windows_h, windows_w, shift_h, shift_w, WINDOW_H, WINDOW_W
         )
-        rows, in_rows, rows_ptr = q_tokens, q_inside, grad_out_ptr + first * channels
-        if places_ptr is not None:
-            places = tl.load(places_ptr + first + q_tokens, mask=q_inside, other=-1)
-            rows, in_rows = places, places >= 0
-            rows_ptr = grad_out_ptr + window.to(tl.int64) * num_queries * channels
-        q = load_head(image_ptr, q_tokens, q_inside, 3 * channels, first_channel, HEAD_SIZE, TILE_D)  # (M, D)
-        grad = load_head(rows_ptr, rows, in_rows, channels, first_channel, HEAD_SIZE, TILE_D)  # (M, D)
+        q = load_head(image_ptr, q_tokens, q_inside, 3 * channels, head * HEAD_SIZE, HEAD_SIZE, TILE_D)  # (M, D)
+        grad = _load_grad_out(
+            grad_out_ptr, places_ptr, window, first, q_tokens, q_inside, num_queries, num_heads, head, HEAD_SIZE, TILE_D
+        )  # (M, D)
         tokens, inside = window_tokens(
             window, slots, height, width, windows_h, windows_w, shift_h, shift_w, WINDOW_H, WINDOW_W
         )
@@ -310,33 +425,13 @@ def _window_attention_blocked_bwd_keys_kernel(
         statistics = (window.to(tl.int64) * num_heads + head) * TOKENS + q_slots
         normaliser = tl.load(normaliser_ptr + statistics, mask=q_slots < TOKENS, other=float("inf"))
         delta = tl.load(delta_ptr + statistics, mask=q_slots < TOKENS, other=0.0)
-
-        cuts = window_cuts(window, windows_h, windows_w)
         q = compared(q, COSINE, COMPUTE, OPERAND)[0]
-        k, inverse_k = compared(k, COSINE, COMPUTE, OPERAND)
+        k = compared(k, COSINE, COMPUTE, OPERAND)[0]
         s = logits(q, k, bias, factor, OPERAND)
         if SHIFTED:
-            s = keep_apart(s, q_sides, sides, cuts)
-        p = tl.exp2(s - normaliser[:, None])  # (M, N)
-        grad_v = dot(tl.trans(as_operand(p, OPERAND)), grad, OPERAND)
-        store_head(
-            grad_image_ptr, grad_v, tokens, inside, 3 * channels, 2 * channels + first_channel, HEAD_SIZE, TILE_D
-        )
-        if pad_value_partial_ptr is not None:
-            padding = (slots < TOKENS) & (inside == 0)
-            row = window.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-            partial = pad_value_partial_ptr + row * 2 * channels + first_channel
-            store_sum(partial + channels, grad_v, padding, HEAD_SIZE, TILE_D)
-        grad_s = p * (dot(grad, tl.trans(v), OPERAND) - delta[:, None])
-        if table_partial_ptr is not None:
-            table_sum += grad_s
-        grad_k = dot(tl.trans(as_operand(grad_s, OPERAND)), q, OPERAND) * factor
-        grad_k, _ = through_norm(grad_k, k, inverse_k, COSINE, COMPUTE)
-        store_head(grad_image_ptr, grad_k, tokens, inside, 3 * channels, channels + first_channel, HEAD_SIZE, TILE_D)
-        if pad_value_partial_ptr is not None:
-            store_sum(partial, grad_k, padding, HEAD_SIZE, TILE_D)
+            s = keep_apart(s, q_sides, sides, window_cuts(window, windows_h, windows_w))
+        table_sum += _weights_and_gradient(s, grad, v, normaliser, delta, OPERAND)[1]
 
-    if table_partial_ptr is not None:
-        pairs = q_slots[:, None] * TOKENS + slots[None, :]
-        mask = (q_slots < TOKENS)[:, None] & (slots < TOKENS)[None, :]
-        tl.store(table_partial_ptr + tl.program_id(0).to(tl.int64) * TOKENS * TOKENS + pairs, table_sum, mask=mask)
+    pairs = q_slots[:, None] * TOKENS + slots[None, :]
+    mask = (q_slots < TOKENS)[:, None] & (slots < TOKENS)[None, :]
+    tl.store(table_partial_ptr + tl.program_id(0).to(tl.int64) * TOKENS * TOKENS + pairs, table_sum, mask=mask)

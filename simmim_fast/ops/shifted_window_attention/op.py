@@ -16,15 +16,15 @@ from torch import Tensor
 from simmim_fast.ops._registration import Direction, define_op
 from simmim_fast.ops.shifted_window_attention import reference
 
-# Sizes of the Triton kernels' tiles. A window of at most WHOLE_TOKENS is one tile; a longer one is cut into blocks.
+# Sizes of the Triton kernels' tiles. A window of at most WHOLE_TOKENS with heads of at most WHOLE_HEAD_SIZE channels is
+# one tile. Any other is cut into blocks of (queries, keys), by the bytes of an element.
 WHOLE_TOKENS = 64
+WHOLE_HEAD_SIZE = 32
+HALF_BLOCKS = {32: (64, 64), 64: (32, 64), 128: (32, 32)}  # by the most channels of a head
+BLOCKS = {2: HALF_BLOCKS, 4: dict.fromkeys(HALF_BLOCKS, (32, 32)), 8: dict.fromkeys(HALF_BLOCKS, (16, 16))}
 MAX_TOKENS = 256
 MAX_HEAD_SIZE = 128
-MAX_BLOCKED_HEAD_SIZE = 64  # in windows that are not whole tiles: the backward keeps their queries in shared memory
 CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
-QUERY_BLOCK = 64
-KEY_BLOCK = 32
-GRADIENT_KEY_BLOCK = {2: 32, 4: 16, 8: 16}  # by the bytes of an element, where all queries are in one tile
 # Windows of a chunk, whose gradients of the parameters are added up before they are stored: the most that leave enough
 # programs to fill a GPU, or else the last.
 CHUNKS = (32, 16, 8, 4)
@@ -43,7 +43,8 @@ class Sizes(NamedTuple):
         rows: Queries of a window: N, or K.
         head_size: D.
         padded: Whether the grid needs padding.
-        key_block: Keys of a block in the backward.
+        query_block: Queries of a block, 0 where a window and head is one tile.
+        key_block: Keys of a block, likewise.
     """
 
     windows_h: int
@@ -54,39 +55,50 @@ class Sizes(NamedTuple):
     rows: int
     head_size: int
     padded: bool
+    query_block: int
     key_block: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether a window and head is one tile."""
+        return self.query_block == 0
 
 
 def sizes(qkv: Tensor, queries: Tensor | None, window_h: int, window_w: int, num_heads: int) -> Sizes:
     """The sizes of a call."""
     batch, height, width, channels = qkv.shape
     windows_h, windows_w = -(-height // window_h), -(-width // window_w)
+    tokens, head_size, itemsize = window_h * window_w, channels // (3 * num_heads), qkv.dtype.itemsize
+    whole = tokens <= WHOLE_TOKENS and head_size <= WHOLE_HEAD_SIZE
+    blocks = next((blocks for most, blocks in BLOCKS[itemsize].items() if head_size <= most), (0, 0))
+    query_block, key_block = (0, 0) if whole else blocks
     return Sizes(
         windows_h,
         windows_w,
         windows=batch * windows_h * windows_w,
-        tokens=window_h * window_w,
+        tokens=tokens,
         offsets=(2 * window_h - 1) * (2 * window_w - 1),
-        rows=window_h * window_w if queries is None else queries.shape[1],
-        head_size=channels // (3 * num_heads),
+        rows=tokens if queries is None else queries.shape[1],
+        head_size=head_size,
         padded=height % window_h != 0 or width % window_w != 0,
-        key_block=GRADIENT_KEY_BLOCK[qkv.dtype.itemsize],
+        query_block=query_block,
+        key_block=key_block,
     )
 
 
 def key_blocks(work: Sizes) -> int:
-    """Blocks into which the backward cuts the keys of a window."""
-    return 1 if work.tokens <= WHOLE_TOKENS else -(-work.tokens // work.key_block)
+    """Blocks into which the kernels cut the keys of a window."""
+    return 1 if work.whole else -(-work.tokens // work.key_block)
 
 
 def query_blocks(work: Sizes) -> int:
     """Blocks into which the kernels cut all tokens of a window as queries."""
-    return 1 if work.tokens <= WHOLE_TOKENS else -(-work.tokens // QUERY_BLOCK)
+    return 1 if work.whole else -(-work.tokens // work.query_block)
 
 
 def chunk_windows(work: Sizes, num_heads: int) -> int:
     """Windows of a chunk. It depends on sizes alone, so the sums repeat from GPU to GPU."""
-    programs_of_window = num_heads * key_blocks(work)
+    programs_of_window = num_heads * query_blocks(work) * key_blocks(work)
     return next((n for n in CHUNKS if -(-work.windows // n) * programs_of_window >= ENOUGH_PROGRAMS), CHUNKS[-1])
 
 
@@ -107,7 +119,7 @@ def tile(size: int) -> int:
 
 def bias_shape(work: Sizes, num_heads: int, kinds: int) -> tuple[int, ...]:
     """Shape of the biases as the kernels read them, in `compute_dtype`: tiles, or the table's columns."""
-    if work.tokens > WHOLE_TOKENS:
+    if not work.whole:
         return (num_heads, work.offsets)
     return (kinds, num_heads, tile(work.tokens), tile(work.tokens))
 
@@ -124,7 +136,7 @@ def partial_shapes(work: Sizes, num_heads: int) -> dict[str, tuple[int, ...]]:
 
 def statistics_shape(work: Sizes, num_heads: int) -> tuple[int, ...]:
     """Shape of the two numbers for each row of weights that the backward keeps, for windows cut into blocks."""
-    return (2, 0 if work.tokens <= WHOLE_TOKENS else work.windows, num_heads, work.tokens)
+    return (2, 0 if work.whole else work.windows, num_heads, work.tokens)
 
 
 def size_refusal(backend: str, *, device_type: str, tokens: int, head_size: int, dtype: torch.dtype) -> str | None:
@@ -143,11 +155,10 @@ def size_refusal(backend: str, *, device_type: str, tokens: int, head_size: int,
 
 def triton_refusal(tokens: int, head_size: int) -> str | None:
     """`size_refusal` of Triton, which is the same on every device."""
-    largest_head = MAX_HEAD_SIZE if tokens <= WHOLE_TOKENS else MAX_BLOCKED_HEAD_SIZE
     if tokens > MAX_TOKENS:
         return f"it takes windows of at most {MAX_TOKENS} tokens; got {tokens}"
-    if head_size > largest_head:
-        return f"it takes heads of at most {largest_head} channels in windows of {tokens} tokens; got {head_size}"
+    if head_size > MAX_HEAD_SIZE:
+        return f"it takes heads of at most {MAX_HEAD_SIZE} channels; got {head_size}"
     return None
 
 
@@ -278,7 +289,7 @@ def _bytes_moved(
     """q once; k and v once for every block of queries; the biases as the kernels read them."""
     work = sizes(qkv, queries, window_h, window_w, num_heads)
     out = _fake(qkv.to("meta"), bias_table, logit_scale, pad_value, queries)
-    blocks = 1 if work.tokens <= WHOLE_TOKENS else -(-work.rows // QUERY_BLOCK)
+    blocks = 1 if work.whole else -(-work.rows // work.query_block)
     biases = math.prod(bias_shape(work, num_heads, 1)) * compute_dtype(qkv.dtype).itemsize
     read = out.nbytes + blocks * 2 * (qkv.nbytes // 3) + _nbytes(bias_table, logit_scale, pad_value, queries)
     return read + biases, out.nbytes + biases
@@ -308,10 +319,12 @@ def _bytes_moved_backward(
     for parameter, shape, needed in parameters:
         if parameter is not None and needed and shape[0] > 0:
             workspace += math.prod(shape) + math.prod(shape[1:])
-    if work.tokens > WHOLE_TOKENS:
+    if not work.whole:
         statistics = math.prod(statistics_shape(work, num_heads))
-        keys = key_blocks(work)
-        read += 4 * third * query_blocks(work) + keys * (grad_out.nbytes + third) + (keys - 1) * statistics * itemsize
+        by_keys, by_queries = key_blocks(work) * (grad_out.nbytes + third), query_blocks(work) * 2 * third
+        reads_of_pairs = by_keys + by_queries if needs[0] else 0
+        read += 2 * by_queries + by_keys + reads_of_pairs
+        read += ((1 + needs[0]) * key_blocks(work) - 1) * statistics * itemsize
         workspace += statistics
     workspace *= itemsize
     if queries is not None:
