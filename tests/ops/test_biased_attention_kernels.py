@@ -85,17 +85,21 @@ def test_readme_states_the_bytes(dtype: torch.dtype, queries: int | None) -> Non
 # Products of both directions: q k', p v; and q k', p' dO, dO v', ds' q, ds k.
 PRODUCTS = (2, 5)
 IN_MAKE_TEST = {(*VIT_BASE, None, BF16, 90), (*VIT_BASE, None, FP32, 80)}
+EVERYWHERE = [(*VIT_BASE, None), (197, 12, 96, None)]
+ONCE_A_DTYPE = [(*VIT_BASE, 120), (577, 12, 64, None), (197, 12, 8, None)]
 
 
 def compiled_cases() -> Iterator[Any]:
-    shapes = [(*VIT_BASE, None), (*VIT_BASE, 120), (577, 12, 64, None), (197, 12, 96, None), (197, 12, 8, None)]
-    for case in product(shapes, (BF16, FP32), offline.CAPABILITIES):
+    cases = [*product(EVERYWHERE, (BF16, FP32), offline.CAPABILITIES)]
+    cases += [(shape, *rest) for shape in ONCE_A_DTYPE for rest in ((BF16, 90), (FP32, 80))]
+    for case in cases:
         tokens, _, head_size, queries = case[0]
         label = f"{tokens}-tokens-head-{head_size}{'-queries' if queries else ''}"
         marks = [] if (*case[0], *case[1:]) in IN_MAKE_TEST else [pytest.mark.slow]
         yield pytest.param(*case, id=f"{label}-{str(case[1]).removeprefix('torch.')}-{case[2]}", marks=marks)
 
 
+@pytest.mark.compiles(len(PRODUCTS))
 @pytest.mark.parametrize(("shape", "dtype", "capability"), compiled_cases())
 def test_triton_kernels_compile(
     shape: tuple, dtype: torch.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
