@@ -46,10 +46,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Te
   check_dtype(grad_out, "grad_out", x.scalar_type());
   const ScalarType sums = sum_dtype(x.scalar_type());
   const Tensor grad = dense(grad_out), from = dense(x), offset = dense(bias, sums);
-  const Tensor nothing = torch::stable::new_empty(x, {0});
-  const Tensor grad_x = x_dtype ? torch::stable::new_empty(x, x.sizes()) : nothing;
-  const Tensor out = recompute ? torch::stable::new_empty(x, x.sizes()) : nothing;
-  Tensor partials = nothing;
+  const auto nothing = [&] { return torch::stable::new_empty(x, {0}); };
+  const Tensor grad_x = x_dtype ? torch::stable::new_empty(x, x.sizes()) : nothing();
+  const Tensor out = recompute ? torch::stable::new_empty(x, x.sizes()) : nothing();
+  Tensor partials = nothing();
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     BackwardArgs<T> args{grad.const_data_ptr<T>(),
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Te
       choose_kernels<Kernels<T>>().backward(args, begin, end);
     });
   });
-  return {x_dtype ? dense(grad_x, *x_dtype) : nothing,
-          bias_dtype ? dense(sum_partials(partials), *bias_dtype) : nothing, out};
+  return {x_dtype ? dense(grad_x, *x_dtype) : nothing(),
+          bias_dtype ? dense(sum_partials(partials), *bias_dtype) : nothing(), out};
 }
 
 }  // namespace

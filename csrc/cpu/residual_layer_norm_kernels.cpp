@@ -41,9 +41,9 @@ inline void centre(Sum* row, int64_t channels, Vec<Sum> total, Sum eps, Sum* mea
 }
 
 // x + keep gamma delta of n elements from channel c on, as the stream rounds it.
-template <typename Stream, typename Branch>
+template <typename Stream, typename Branch, typename Count>
 inline Vec<Accumulator<Stream>> add_branch(const Args<Stream, Branch>& args, Vec<Accumulator<Stream>> x,
-                                           const Branch* delta, Accumulator<Stream> keep, int64_t c, auto n) {
+                                           const Branch* delta, Accumulator<Stream> keep, int64_t c, Count n) {
   using Sum = Accumulator<Stream>;
   Vec<Sum> branch = widen_part(delta, n) * keep;
   if (args.gamma) branch *= widen_part(args.gamma + c, n);

@@ -15,18 +15,28 @@ def operators(target: Target) -> tuple[Any, Any]:
     return getattr(torch.ops.simmim_fast, name), getattr(torch.ops.simmim_fast, f"{name}_backward")
 
 
-def operator_arguments(inputs: dict[str, Any], forward: Any) -> tuple[tuple, tuple]:
-    """Arguments of the forward and of the backward operator, all gradients being wanted."""
+def operator_arguments(
+    inputs: dict[str, Any], forward: Any, *, recompute: bool = False, adds_delta: bool = False
+) -> tuple[tuple, tuple]:
+    """Arguments of the forward and of the backward operator, all gradients being wanted.
+
+    Args:
+        inputs: Of the public function.
+        forward: The operator.
+        recompute: Whether the backward is asked for the norm's output again.
+        adds_delta: Whether it gets x and delta for their sum.
+    """
     x, delta, norms_delta = inputs["x"], inputs["delta"], inputs["norm"] == "delta"
     tensors = tuple(inputs[name] for name in ("x", "delta", "weight", "bias", "gamma", "keep"))
     arguments = (*tensors, 1e-5, norms_delta, (x if delta is None else delta).dtype)
     stream, normed, mean, rstd = (result.detach() for result in forward(*arguments))
-    weight, gamma, keep = (inputs[name] for name in ("weight", "gamma", "keep"))
-    source = delta if norms_delta else x if delta is None else stream
+    weight, bias, gamma, keep = (inputs[name] for name in ("weight", "bias", "gamma", "keep"))
+    source = x if adds_delta else delta if norms_delta else x if delta is None else stream
     grad_normed, grad_stream = (stream, None) if norms_delta else (normed, None if delta is None else stream)
     dtypes = [None if value is None else value.dtype for value in tensors[:5]]
     if norms_delta:
         dtypes[0] = None
-    kept = (source, None if gamma is None else delta, weight, gamma, keep, mean, rstd, norms_delta)
+    added = delta if adds_delta or gamma is not None else None
+    kept = (source, added, weight, bias if recompute else None, gamma, keep, mean, rstd, norms_delta, adds_delta)
     detached = (value.detach() if isinstance(value, Tensor) else value for value in (grad_normed, grad_stream, *kept))
     return arguments, (*detached, *dtypes)

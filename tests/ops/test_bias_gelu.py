@@ -143,8 +143,8 @@ def test_opcheck(target: Target, dtype: torch.dtype, requires_grad: bool) -> Non
     x, bias = (t.requires_grad_(requires_grad) for t in make_inputs((2, 3, 4), dtype, device=target.device).values())
     torch.library.opcheck(forward, (x, bias))
     torch.library.opcheck(forward, (permuted(x), bias))
-    for dtypes in ((dtype, dtype), (dtype, None), (None, dtype)):
-        torch.library.opcheck(backward, (permuted(x.detach()), x.detach(), bias.detach(), *dtypes))
+    for wanted in ((True, dtype, dtype), (False, dtype, None), (False, None, dtype), (True, None, None)):
+        torch.library.opcheck(backward, (permuted(x.detach()), x.detach(), bias.detach(), *wanted))
 
 
 def test_repeats_bit_for_bit(target: Target) -> None:
@@ -174,6 +174,21 @@ def test_keeps_its_inputs_alone(target: Target) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda one: one):
         on(target)(**inputs)
     assert {tensor.data_ptr() for tensor in saved} == {value.data_ptr() for value in inputs.values()}
+
+
+@pytest.mark.parametrize("shape", [SMALL, (300, 7), (0, 20)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_the_backward_yields_the_result_again(target: Target, dtypes: tuple, shape: tuple) -> None:
+    forward, backward = operators(target)
+    x, bias = make_inputs(shape, *dtypes, device=target.device).values()
+    out = forward(x, bias)
+    *gradients, again = backward(out, x, bias, True, *dtypes)
+    assert_equal(again, out, "out")
+    *expected, nothing = backward(out, x, bias, False, *dtypes)
+    assert nothing.shape == (0,)
+    for gradient, alone in zip(gradients, expected, strict=True):
+        assert_equal(gradient, alone, "gradient")
 
 
 @pytest.mark.gpu
@@ -216,11 +231,13 @@ def test_cost_formulas(backend: str) -> None:
     out = forward(x, bias)
     assert bytes_moved(forward, x, bias) == (x.nbytes + bias.nbytes, out.nbytes)
 
-    (launch,) = offline.launches(kernels.backward, out, x, bias, BF16, BF16)
-    workspace = launch.arguments["partial_ptr"].nbytes + 4 * bias.numel()  # and the sum that is rounded
-    read, written = bytes_moved(backward, out, x, bias, BF16, BF16)
-    assert read == out.nbytes + x.nbytes + bias.nbytes + workspace
-    assert written == workspace + sum(grad.nbytes for grad in backward(out, x, bias, BF16, BF16))
+    for recompute in (False, True):
+        arguments = (out, x, bias, recompute, BF16, BF16)
+        (launch,) = offline.launches(kernels.backward, *arguments)
+        workspace = launch.arguments["partial_ptr"].nbytes + 4 * bias.numel()  # and the sum that is rounded
+        read, written = bytes_moved(backward, *arguments)
+        assert read == out.nbytes + x.nbytes + bias.nbytes + workspace
+        assert written == workspace + sum(result.nbytes for result in backward(*arguments))
 
     register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
@@ -236,8 +253,12 @@ def test_cost_formulas(backend: str) -> None:
 def test_readme_states_the_bytes(model: str, shape: tuple) -> None:
     forward, backward = operators(Target("native"))
     x, bias = make_inputs(shape, BF16, FP32, device="meta").values()
-    minimum = {"forward": 2 * x.nbytes, "backward": 3 * x.nbytes}
-    counted = {"forward": bytes_moved(forward, x, bias), "backward": bytes_moved(backward, x, x, bias, BF16, FP32)}
+    minimum = {"forward": 2 * x.nbytes, "backward": 3 * x.nbytes, "backward, out again": 4 * x.nbytes}
+    counted = {
+        "forward": bytes_moved(forward, x, bias),
+        "backward": bytes_moved(backward, x, x, bias, False, BF16, FP32),
+        "backward, out again": bytes_moved(backward, x, x, bias, True, BF16, FP32),
+    }
     readme = Path(kernels.__file__).with_name("README.md").read_text()
     for direction, both in counted.items():
         assert f"| {model}, {shape} | {direction} | {sum(both) / 1e6:.1f} | {minimum[direction] / 1e6:.1f} |" in readme
@@ -247,14 +268,15 @@ def test_readme_states_the_bytes(model: str, shape: tuple) -> None:
     "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in offline.CAPABILITIES]
 )
 @pytest.mark.compiles(2)
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["again", "gradients"])
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.slow)], ids=str)
-def test_triton_kernels_compile(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+def test_triton_kernels_compile(dtype: torch.dtype, recompute: bool, capability: int, tmp_path: Path) -> None:
     x, bias = make_inputs((64, 48, 48, 512), dtype, FP32, device="meta").values()  # Swin-B, stage 1
     (forward,) = offline.launches(kernels.forward, x, bias)
-    (backward,) = offline.launches(kernels.backward, x, x, bias, dtype, FP32)
-    for launch, loads in ((forward, 1), (backward, 2)):
+    (backward,) = offline.launches(kernels.backward, x, x, bias, recompute, dtype, FP32)
+    for launch, loads, stores in ((forward, 1, 1), (backward, 2, 1 + recompute)):
         compiled = offline.compile_launch(launch, capability, tmp_path)
         offline.assert_frugal(compiled, capability)
         elements = launch.arguments["TILE_R"] * launch.arguments["TILE_C"] / launch.threads  # of one thread
         assert compiled.wide_bytes("LDG") >= elements * loads * dtype.itemsize
-        assert compiled.wide_bytes("STG") >= elements * dtype.itemsize
+        assert compiled.wide_bytes("STG") >= elements * stores * dtype.itemsize

@@ -80,6 +80,12 @@ def on(target: Target) -> Any:
     return partial(residual_layer_norm, backend=target.backend)
 
 
+def assert_same_but_for_contraction(actual: Tensor, expected: Tensor) -> None:
+    """Compilers contract the products and sums of one formula differently in different places."""
+    eps = 4 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=eps, atol=eps)
+
+
 def forward_and_backward(target: Target, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return run(on(target), inputs, random_gradient(reference, inputs))
 
@@ -185,6 +191,10 @@ def test_opcheck(target: Target, dtypes: tuple) -> None:
         inputs = make_inputs((2, 3, 4), *dtypes, **form, device=target.device)
         _, backward_arguments = operator_arguments(inputs, forward)
         torch.library.opcheck(backward, backward_arguments)
+        if inputs["norm"] == "output":
+            adds_delta = inputs["delta"] is not None
+            _, backward_arguments = operator_arguments(inputs, forward, recompute=True, adds_delta=adds_delta)
+            torch.library.opcheck(backward, backward_arguments)
         for name in differentiable(inputs):
             inputs[name].requires_grad_()
         arguments, _ = operator_arguments(inputs, forward)
@@ -206,6 +216,36 @@ def test_repeats_bit_for_bit(target: Target, form: dict) -> None:
 @pytest.mark.parametrize("target", OPERATORS, indirect=True)
 def test_ignores_the_number_of_threads(target: Target, form: dict) -> None:
     assert_ignores_threads(partial(forward_and_backward, target, several_chunks(target, form)))
+
+
+@pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "plain", "dropped", "first")])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_the_backward_yields_the_norm_again(target: Target, dtypes: tuple, form: dict) -> None:
+    forward, backward = operators(target)
+    inputs = make_inputs((2, 30, 20), *dtypes, **form, device=target.device)
+    arguments, plain = operator_arguments(inputs, forward)
+    *expected, nothing = backward(*plain)
+    assert nothing.shape == (0,)
+    *gradients, normed = backward(*operator_arguments(inputs, forward, recompute=True)[1])
+    assert_same_but_for_contraction(normed, forward(*arguments)[1])
+    for gradient, alone in zip(gradients, expected, strict=True):
+        assert_equal(gradient, alone, "gradient")
+
+
+@pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "plain", "dropped")])
+@pytest.mark.parametrize(
+    "dtypes", [param for param in DTYPES if param.id not in ("fp32-beside-bf16", "fp16-beside-bf16")]
+)
+@pytest.mark.parametrize("target", OPERATORS, indirect=True)
+def test_the_backward_adds_delta_as_the_forward_does(target: Target, dtypes: tuple, form: dict) -> None:
+    """x must have the stream's dtype."""
+    forward, backward = operators(target)
+    inputs = make_inputs((2, 30, 20), *dtypes, **form, device=target.device)
+    expected = backward(*operator_arguments(inputs, forward, recompute=True)[1])
+    actual = backward(*operator_arguments(inputs, forward, recompute=True, adds_delta=True)[1])
+    for result, other in zip(actual, expected, strict=True):
+        assert_same_but_for_contraction(result, other)
 
 
 def test_without_a_delta_the_stream_is_x_itself(target: Target) -> None:

@@ -45,13 +45,16 @@ def test_chunks_are_whole_tiles(channels: int) -> None:
     assert chunk_rows(channels) % tile(channels).rows == 0
 
 
+@pytest.mark.parametrize("again", [{}, {"recompute": True}, {"recompute": True, "adds_delta": True}], ids=str)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_cost_formulas(form: dict) -> None:
+def test_cost_formulas(form: dict, again: dict) -> None:
     from simmim_fast.ops.residual_layer_norm import kernels
 
     forward, backward = operators(Target("triton"))
     inputs = make_inputs((20, 30, 32), FP32, BF16, BF16, **form, device="meta")
-    arguments, backward_arguments = operator_arguments(inputs, forward)
+    if again and (inputs["norm"] == "delta" or inputs["delta"] is None):
+        return
+    arguments, backward_arguments = operator_arguments(inputs, forward, **again)
     register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
         results, gradients = forward(*arguments), backward(*backward_arguments)
@@ -92,6 +95,10 @@ def test_readme_states_the_bytes(model: str, shape: tuple, dtype: torch.dtype, n
         "forward": sum(bytes_moved(forward, *arguments)),
         "backward": sum(bytes_moved(backward, *backward_arguments)),
     }
+    if both:
+        _, again = operator_arguments(inputs, forward, recompute=True)
+        minimum["backward, norm again"] = minimum["backward"] + delta
+        counted["backward, norm again"] = sum(bytes_moved(backward, *again))
     from simmim_fast.ops.residual_layer_norm import kernels
 
     readme = Path(kernels.__file__).with_name("README.md").read_text()
@@ -106,21 +113,26 @@ def test_readme_states_the_bytes(model: str, shape: tuple, dtype: torch.dtype, n
 @pytest.mark.compiles(2)
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "form"),
+    ("shape", "form", "again"),
     [
-        pytest.param((8, 48, 48, 128), FORMS["plain"], id="swin-b"),
-        pytest.param((8, 48, 48, 128), FORMS["delta"], id="swin-v2", marks=pytest.mark.slow),
-        pytest.param((8, 48, 48, 128), FORMS["first"], id="first", marks=pytest.mark.slow),
-        pytest.param((8, 197, 768), FORMS["scaled"], id="vit-b"),
-        pytest.param((8, 6, 6, 1536), FORMS["scaled"], id="swin-l-stage-4", marks=pytest.mark.slow),
-        pytest.param((8, 16, MAX_CHANNELS), FORMS["scaled"], id="most-channels", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 128), FORMS["plain"], {"recompute": True}, id="swin-b"),
+        pytest.param((8, 48, 48, 128), FORMS["plain"], {}, id="gradients", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 128), FORMS["delta"], {}, id="swin-v2", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 128), FORMS["first"], {"recompute": True}, id="first", marks=pytest.mark.slow),
+        pytest.param((8, 197, 768), FORMS["scaled"], {"recompute": True, "adds_delta": True}, id="vit-b"),
+        pytest.param(
+            (8, 6, 6, 1536), FORMS["scaled"], {"recompute": True}, id="swin-l-stage-4", marks=pytest.mark.slow
+        ),
+        pytest.param((8, 16, MAX_CHANNELS), FORMS["scaled"], {"recompute": True}, id="widest", marks=pytest.mark.slow),
     ],
 )
-def test_triton_kernels_compile(shape: tuple, form: dict, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+def test_triton_kernels_compile(
+    shape: tuple, form: dict, again: dict, dtype: torch.dtype, capability: int, tmp_path: Path
+) -> None:
     from simmim_fast.ops.residual_layer_norm import kernels
 
     inputs = make_inputs(shape, FP32, dtype, FP32, **form, device="meta")
-    arguments, backward_arguments = operator_arguments(inputs, operators(Target("triton"))[0])
+    arguments, backward_arguments = operator_arguments(inputs, operators(Target("triton"))[0], **again)
     launches = offline.launches(kernels.forward, *arguments) + offline.launches(kernels.backward, *backward_arguments)
     assert len(launches) == 2
     for launch in launches:

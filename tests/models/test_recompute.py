@@ -1,0 +1,203 @@
+"""What the backward computes again changes no gradient, and takes less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simmim_fast import MaskGenerator, SimMIM, create_model
+from simmim_fast.models.recompute import RECOMPUTE, is_plain
+
+SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "qkv_bias": True, "use_mean_pooling": False}
+ENCODERS = {
+    "swin": SWIN,
+    "swin-padded": {**SWIN, "window_size": 3},
+    "swinv2": SWIN,
+    "vit": {**VIT, "init_values": 0.1, "use_shared_rel_pos_bias": True},
+    "vit-plain": VIT,
+}
+SIZE = 32
+LOSS_SCALE = 1024  # or fp16 would have no digits left
+
+every_encoder = pytest.mark.parametrize("encoder", ENCODERS)
+recomputing = pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
+
+
+def build(encoder: str, **options: object) -> SimMIM:
+    torch.manual_seed(0)
+    options = {"img_size": SIZE, "backend": "native", "drop_path_rate": 0.3, **ENCODERS[encoder], **options}
+    model = create_model(encoder.split("-")[0], **options)
+    for parameter in model.parameters():  # official zeros would hide a lost gradient
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    return model
+
+
+def batch(encoder: str, size: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    masks = MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6)
+    return torch.randn(size, 3, SIZE, SIZE, generator=generator), masks.batch(size, generator=generator)
+
+
+def train(model: nn.Module, images: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Loss and gradients, the same samples being dropped each time; under autocast where there is a dtype."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(images, mask)
+    (LOSS_SCALE * loss).backward()
+    return {"loss": LOSS_SCALE * loss.detach()} | {name: value.grad for name, value in model.named_parameters()}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
+    """In relative L2."""
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= relative * value.norm(), name
+
+
+@every_encoder
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_leaves_loss_and_gradients_as_they_are(encoder: str, recompute: str) -> None:
+    images, mask = batch(encoder)
+    expected = train(build(encoder, backend="reference").double(), images.double(), mask)
+    assert_close(train(build(encoder, recompute=recompute).double(), images.double(), mask), expected, 1e-12)
+
+
+@every_encoder
+@recomputing
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_errs_no_more_than_the_reference_under_autocast(encoder: str, recompute: str, dtype: torch.dtype) -> None:
+    """By the rule for gradients: at most three times the reference's error, plus 4 eps."""
+    images, mask = batch(encoder)
+    exact = train(build(encoder, backend="reference").double(), images.double(), mask)
+    plain = train(build(encoder, backend="reference"), images, mask, dtype)
+    for name, value in train(build(encoder, recompute=recompute), images, mask, dtype).items():
+        budget = 3 * (plain[name] - exact[name]).norm() + 4 * torch.finfo(dtype).eps * exact[name].norm()
+        assert (value - exact[name]).norm() <= budget, name
+
+
+@recomputing
+@pytest.mark.parametrize("encoder", ["swin", "vit"])
+def test_drops_as_without(encoder: str, recompute: str) -> None:
+    expected = train(build(encoder, recompute="none", drop_rate=0.2), *batch(encoder))
+    assert_close(train(build(encoder, recompute=recompute, drop_rate=0.2), *batch(encoder)), expected, 1e-5)
+
+
+@recomputing
+@pytest.mark.parametrize("encoder", ["swin", "vit"])
+def test_frozen_layers_get_no_gradient(encoder: str, recompute: str) -> None:
+    def freeze(model: SimMIM) -> SimMIM:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in ("fc2.weight", "norm2.weight", "qkv", "q_bias")))
+        return model
+
+    expected = train(freeze(build(encoder, recompute="none")), *batch(encoder))
+    actual = train(freeze(build(encoder, recompute=recompute)), *batch(encoder))
+    assert {name for name, value in actual.items() if value is None} == {n for n, v in expected.items() if v is None}
+    given = {name: value for name, value in expected.items() if value is not None}
+    assert_close(actual, given, 1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["swin", "vit"])
+def test_stores_less(encoder: str) -> None:
+    """Distinct storages without the parameters, under autocast, against the plain model."""
+    sizes = {"swin": {"embed_dim": 64, "num_heads": (2, 4), "img_size": 64}, "vit": {"embed_dim": 64, "img_size": 64}}
+    images = torch.randn(8, 3, 64, 64)
+    mask = MaskGenerator(64, 16, ENCODERS[encoder]["patch_size"], 0.6).batch(8)
+
+    def stored(**options: str) -> int:
+        return stored_bytes(build(encoder, **sizes[encoder], **options), images, mask)
+
+    reference = stored(backend="reference")
+    assert stored(recompute="pointwise") <= 0.6 * reference
+    assert stored(recompute="mlp") <= 0.4 * reference
+    assert stored(recompute="none") > 0.7 * reference
+
+
+def stored_bytes(model: SimMIM, images: Tensor, mask: Tensor) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = model(images, mask)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_casts_the_weights_of_a_block_together(encoder: str) -> None:
+    counted = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func.overloadpacket == torch.ops.aten._foreach_copy_:
+                counted.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        train(build(encoder), *batch(encoder), torch.bfloat16)
+    blocks, merging = {"swin": ([7] * 4, [1]), "swinv2": ([8] * 4, []), "vit": ([8] * 2, [])}[encoder]
+    assert sorted(counted) == sorted(2 * (blocks + merging))  # forward and backward
+
+
+@recomputing
+@pytest.mark.parametrize("layer", ["qkv", "proj", "fc1", "fc2"])
+def test_calls_layers_that_somebody_watches(layer: str, recompute: str) -> None:
+    model = build("vit", recompute=recompute)
+    expected = train(build("vit", recompute=recompute), *batch("vit"))
+    block = model.encoder.blocks[0]
+    watched = getattr(block.attn if layer in ("qkv", "proj") else block.mlp, layer)
+    assert is_plain(watched)
+    watched.register_forward_pre_hook(lambda module, args: None)
+    assert not is_plain(watched)
+    assert_close(train(model, *batch("vit")), expected, 1e-5)
+
+
+def test_calls_layers_of_another_kind() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def double(model: SimMIM) -> SimMIM:
+        block = model.encoder.blocks[0]
+        doubled = Doubled(block.mlp.fc2.in_features, block.mlp.fc2.out_features)
+        doubled.load_state_dict(block.mlp.fc2.state_dict())
+        block.mlp.fc2 = doubled
+        return model
+
+    expected = train(double(build("vit", backend="reference")), *batch("vit"))
+    assert_close(train(double(build("vit")), *batch("vit")), expected, 1e-4)
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_compiles_whole_under_autocast(encoder: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = build(encoder, recompute="mlp", drop_path_rate=0.0)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in (2, 3, 5):
+        expected = train(model, *batch(encoder, size), torch.bfloat16)
+        actual = train(compiled, *batch(encoder, size), torch.bfloat16)
+        assert_close({name.removeprefix("_orig_mod."): value for name, value in actual.items()}, expected, 2**-7)
+    assert counter.frame_count <= 2, "recompiled for the third batch size"
+
+
+def test_checkpointing_recomputes_the_same() -> None:
+    expected = train(build("swin", recompute="mlp"), *batch("swin"), torch.bfloat16)
+    actual = train(build("swin", recompute="mlp", use_checkpoint=True), *batch("swin"), torch.bfloat16)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_refuses_an_unknown_name(encoder: str) -> None:
+    with pytest.raises(ValueError, match=r"recompute must be one of .*pointwise.* got 'pointwize'"):
+        build(encoder, recompute="pointwize")
