@@ -48,7 +48,7 @@ def create_model(encoder: str, **kwargs: object) -> SimMIM:
             "simmim_swin_base_192", whose values keywords override (`PRESETS` lists them).
         **kwargs: Arguments of the encoder by their official names, and of `SimMIM`: `norm_target`,
             `norm_target_patch_size`, `head`, `counts`, `shortcuts`. `backend` is "auto", "reference", "native" or
-            "triton".
+            "triton"; `recompute` is "none", "pointwise" or "mlp", what the backward computes again to save memory.
 
     Returns:
         The model, freshly initialised, in training mode.

@@ -71,11 +71,11 @@ def test_leaves_loss_and_gradients_as_they_are(encoder: str, recompute: str) -> 
 @every_encoder
 @recomputing
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_errs_no_more_than_the_reference_under_autocast(encoder: str, recompute: str, dtype: torch.dtype) -> None:
-    """By the rule for gradients: at most three times the reference's error, plus 4 eps."""
+def test_errs_no_more_than_without_under_autocast(encoder: str, recompute: str, dtype: torch.dtype) -> None:
+    """By the rule for gradients, against the same model that stores all: the plain one has other signs at L1's kink."""
     images, mask = batch(encoder)
     exact = train(build(encoder, backend="reference").double(), images.double(), mask)
-    plain = train(build(encoder, backend="reference"), images, mask, dtype)
+    plain = train(build(encoder, recompute="none"), images, mask, dtype)
     for name, value in train(build(encoder, recompute=recompute), images, mask, dtype).items():
         budget = 3 * (plain[name] - exact[name]).norm() + 4 * torch.finfo(dtype).eps * exact[name].norm()
         assert (value - exact[name]).norm() <= budget, name
