@@ -228,27 +228,31 @@ class Mlp(nn.Module):
     def _drops_hidden(self) -> bool:
         return self.drop_hidden and self.training and self.drop.p > 0
 
-    def backend_to_recompute(self, weight: Tensor) -> str | None:
-        """The backend where the whole MLP is computed again, `weight` being the first layer's; else None."""
-        if self.recompute != "mlp" or self._drops_hidden or self._forward_hooks or self._forward_pre_hooks:
+    def backend_to_recompute(self, fc1: Affine | None) -> str | None:
+        """The backend where the whole MLP is computed again; else None, and the module is to be called."""
+        has_hooks = len(self._forward_hooks) + len(self._forward_pre_hooks) > 0
+        if fc1 is None or self.recompute != "mlp" or self._drops_hidden or has_hooks:
             return None
-        return gelu_backend(weight, self.backend)
+        return gelu_backend(fc1.weight, self.backend)
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a block's linear layers; the bias of `fc1` is not among them, but goes into the GELU."""
+    """The parameters of a block's linear layers, all None where the layers must be called as modules.
 
-    qkv: Affine
-    proj: Affine
-    fc1: Affine
-    fc2: Affine
+    The bias of `fc1` is not among them: it goes into the GELU.
+    """
+
+    qkv: Affine | None = None
+    proj: Affine | None = None
+    fc1: Affine | None = None
+    fc2: Affine | None = None
 
 
-def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights | None:
-    """The parameters of a block's layers, cast together under autocast; None where a layer must be called itself."""
+def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights:
+    """The parameters of a block's layers, cast together under autocast."""
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-    if not all(map(is_plain, layers)):
-        return None
+    if attn.backend == "reference" or not all(map(is_plain, layers)):
+        return BlockWeights()
     parameters = (*(layer.weight for layer in layers), attn.proj.bias, mlp.fc2.bias, *attn.qkv_biases())
     qkv, proj, fc1, fc2, proj_bias, fc2_bias, *qkv_biases = cast_together(parameters)
     casts_all = mlp.recompute == "mlp"
@@ -322,21 +326,21 @@ class Stream(NamedTuple):
         return residual_layer_norm(self.x, self.branch, *parameters, gamma=self.gamma, keep=self.keep, backend=backend)
 
     def normalise_into(
-        self, norm: nn.LayerNorm, layer: Affine, backend: str, recompute: str, store_sum: bool = True
+        self, norm: nn.LayerNorm, layer: Affine | None, backend: str, recompute: str, store_sum: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The stream with its branch, and the product of its LayerNorm.
 
         Args:
             norm: The LayerNorm.
-            layer: Parameters of the product.
+            layer: Parameters of the product; None for the LayerNorm itself.
             backend: Of the norm.
             recompute: Whether the backward computes the norm again, unless "none".
             store_sum: Whether the backward keeps the sum for it; else x and branch, which others keep anyway.
         """
-        chosen = None if recompute == "none" else norm_backend(self.x, self.branch, backend)
+        chosen = None if layer is None or recompute == "none" else norm_backend(self.x, self.branch, backend)
         if chosen is None:
             y, normed = self.normalise(norm, backend)
-            return y, layer.product(normed)
+            return y, normed if layer is None else layer.product(normed)
         options = (norm.eps, chosen, store_sum or not self._is_narrower)
         return NormLinear.apply(*self._scaled, norm.weight, norm.bias, *layer, *options)
 
@@ -344,7 +348,7 @@ class Stream(NamedTuple):
         self, norm: nn.LayerNorm, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The stream with its branch, and what the MLP makes of its LayerNorm; the rest as in `normalise_into`."""
-        gelu = mlp.backend_to_recompute(weights.fc1.weight)
+        gelu = mlp.backend_to_recompute(weights.fc1)
         chosen = None if gelu is None else norm_backend(self.x, self.branch, backend)
         if chosen is None:
             y, hidden = self.normalise_into(norm, weights.fc1, backend, mlp.recompute, store_sum)
@@ -369,9 +373,9 @@ class Stream(NamedTuple):
 def apply_mlp(x: Tensor, mlp: Mlp, weights: BlockWeights) -> Tensor:
     """The MLP of x (B, ..., C)."""
     fc1 = weights.fc1
-    backend = mlp.backend_to_recompute(fc1.weight)
+    backend = mlp.backend_to_recompute(fc1)
     if backend is None:
-        return mlp(fc1.product(x), weights.fc2)
+        return mlp(x if fc1 is None else fc1.product(x), weights.fc2)
     hidden = (fc1.weight, fc1.stored, mlp.fc1.bias)
     return mlp.drop(LinearGeluLinear.apply(x.to(fc1.weight.dtype), *hidden, *weights.fc2, backend))
 

@@ -186,25 +186,14 @@ class SwinTransformerBlock(nn.Module):
     def forward(self, x: Tensor | Stream, tokens: Tensor | None = None) -> Tensor | Stream:
         """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
         if isinstance(x, Stream):
-            return self._forward_stream(x, tokens)
+            weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
+            x, qkv = x.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
+            branch = self._attend(qkv, tokens, weights.proj)
+            stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
+            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
+            return Stream(x, branch, keep=self.drop_path.keep(branch))
         x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _forward_stream(self, stream: Stream, tokens: Tensor | None) -> Stream:
-        weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
-        if weights is None:
-            x, normed = stream.normalise(self.norm1, backend)
-            branch = self._attend(normed, tokens)
-        else:
-            x, qkv = stream.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
-            branch = self._attend(qkv, tokens, weights.proj)
-        stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
-        if weights is None:
-            x, normed = stream.normalise(self.norm2, backend)
-            branch = self.mlp(normed)
-        else:
-            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
-        return Stream(x, branch, keep=self.drop_path.keep(branch))
 
     def _attend(self, x: Tensor, tokens: Tensor | None, proj: Affine | None = None) -> Tensor:
         """Attention on x (B, H, W, C), of the listed tokens alone where there is a list; proj as in the attention."""
@@ -342,16 +331,14 @@ class SwinTransformer(nn.Module):
         _check_stages(embed_dim, depths, num_heads)
         self.img_size = size_pair("img_size", img_size)
         self.patch_size = patch_size
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.embed_dim = embed_dim
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.embed_dim, self.backend = embed_dim, backend
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.stride = patch_size * 2 ** (len(depths) - 1)
-        self.backend = backend
         window = size_pair("window_size", window_size)
         check_image_size(self.img_size, self.stride)
-        patch_norm_layer = norm_layer if patch_norm else None
-        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, patch_norm_layer)
+        norm = norm_layer if patch_norm else None
+        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, norm)
         _check_window(window, self.patch_embed.grid)
         self.absolute_pos_embed = self._new_position_embedding() if ape else None
         self.pos_drop = nn.Dropout(drop_rate)

@@ -111,11 +111,8 @@ class SwinTransformerV2Block(SwinTransformerBlock):
     takes_streams = False  # the norm is of the branch, so it adds it, too
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        weights = None if self.attn.backend == "reference" else block_weights(self.attn, self.mlp)
-        if weights is None:
-            x = self._add(select_tokens(x, tokens), self._attend(x, tokens), self.norm1)
-            return self._add(x, self.mlp(x), self.norm2)
-        branch = self._attend(weights.qkv.product(x), tokens, weights.proj)
+        weights = block_weights(self.attn, self.mlp)
+        branch = self._attend(x if weights.qkv is None else weights.qkv.product(x), tokens, weights.proj)
         x = self._add(select_tokens(x, tokens), branch, self.norm1)
         return self._add(x, apply_mlp(x, self.mlp, weights), self.norm2)
 

@@ -181,26 +181,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor | Stream, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor | Stream:
         """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
         if isinstance(x, Stream):
-            return self._forward_stream(x, shared_bias, tokens)
+            weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
+            x, qkv = x.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
+            branch = self.attn(qkv, shared_bias, tokens, weights.proj)
+            stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
+            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
+            return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
         branch = self.attn(self.norm1(x), shared_bias, tokens)
         x = select_tokens(x, tokens) + self.drop_path(_scale(branch, self.gamma_1))
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
-
-    def _forward_stream(self, stream: Stream, shared_bias: Tensor | None, tokens: Tensor | None) -> Stream:
-        weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
-        if weights is None:
-            x, normed = stream.normalise(self.norm1, backend)
-            branch = self.attn(normed, shared_bias, tokens)
-        else:
-            x, qkv = stream.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
-            branch = self.attn(qkv, shared_bias, tokens, weights.proj)
-        stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
-        if weights is None:
-            x, normed = stream.normalise(self.norm2, backend)
-            branch = self.mlp(normed)
-        else:
-            x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
-        return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
 
 
 def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -269,24 +258,24 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.img_size = size_pair("img_size", img_size)
         self.patch_size = self.stride = patch_size
-        self.in_chans, self.num_classes = in_chans, num_classes
+        self.in_chans, self.num_classes, self.backend = in_chans, num_classes, backend
         self.num_features = self.embed_dim = embed_dim
-        self.backend = backend
         check_image_size(self.img_size, patch_size)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
-        grid, tokens = self.patch_embed.grid, 1 + self.patch_embed.num_patches
+        grid, positions = self.patch_embed.grid, torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim)) if use_abs_pos_emb else None
+        self.pos_embed = nn.Parameter(positions) if use_abs_pos_emb else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         block = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "init_values": init_values, "norm_layer": norm_layer}
-        block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate, "backend": backend}
-        block["recompute"] = recompute
-        block["window_size"] = grid if use_rel_pos_bias else None
-        rates = stochastic_depth_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **block) for rate in rates)
+        block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
+        block |= {"backend": backend, "recompute": recompute, "window_size": grid if use_rel_pos_bias else None}
+        blocks = (
+            Block(embed_dim, num_heads, drop_path=p, **block) for p in stochastic_depth_rates(drop_path_rate, depth)
+        )
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
         self.hands_on_streams = all(is_fused(backend, block.norm1, block.norm2) for block in self.blocks)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None

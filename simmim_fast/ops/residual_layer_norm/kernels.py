@@ -261,14 +261,9 @@ def backward(
     delta_dtype: torch.dtype | None,
     *parameter_dtypes: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    """The operator's backward: gradients of x, delta, weight, bias and gamma, and the norm where bias is given.
-
-    What is not wanted is empty.
-    """
-    activations = [
-        None if dtype is None else source.new_empty(source.shape, dtype=dtype) for dtype in (x_dtype, delta_dtype)
-    ]
-    normed = None if bias is None else source.new_empty(source.shape, dtype=grad_normed.dtype)
+    """The operator's backward: five gradients, and the norm where bias is given; what is not wanted is empty."""
+    dtypes = (x_dtype, delta_dtype, None if bias is None else grad_normed.dtype)
+    activations = [None if dtype is None else source.new_empty(source.shape, dtype=dtype) for dtype in dtypes]
     partials = [
         None if dtype is None else source.new_empty(partial_shape(source), dtype=mean.dtype)
         for dtype in parameter_dtypes
@@ -280,7 +275,6 @@ def backward(
             _residual_layer_norm_bwd_kernel[(triton.cdiv(rows, chunk),)](
                 *map(_contiguous, (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, mean, rstd)),
                 *activations,
-                normed,
                 *partials,
                 rows,
                 rows_per_sample,
@@ -297,4 +291,6 @@ def backward(
         None if partial is None else partial.sum(0).to(dtype)
         for partial, dtype in zip(partials, parameter_dtypes, strict=True)
     )
-    return tuple(source.new_empty(0) if result is None else result for result in (*activations, *sums, normed))
+    return tuple(
+        source.new_empty(0) if result is None else result for result in (*activations[:2], *sums, activations[2])
+    )

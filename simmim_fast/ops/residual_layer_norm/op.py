@@ -95,7 +95,7 @@ def _fake_backward(
     adds_delta: bool,
     *gradient_dtypes: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, delta, weight, bias and gamma, and, where bias is given, the norm again; each empty if not wanted.
+    """Gradients of x, delta, weight, bias and gamma, and, where bias is given, the norm again; empty if not wanted.
 
     With `adds_delta` the source is x, and delta is added to it as in the forward.
     """
