@@ -56,7 +56,7 @@ def test_launches_are_those_that_a_gpu_of_the_capability_gets(capability: int) -
     _, (operator, args) = operator_calls(case, 2, torch.bfloat16)
     args = tuple(resources._without_data(value) for value in args)
     (launch,) = (one for one in launches(operator, args, capability) if "qkv_ptr" in one.arguments)
-    wanted = CONFIGURATIONS[capability, 2].backward
+    wanted = CONFIGURATIONS[capability][2, 32].backward
     assert (launch.options["num_warps"], launch.options["num_stages"]) == (wanted.num_warps, wanted.num_stages)
 
 

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from simmim_fast._triton import compute_type, dot, on_device_of, store_rounded
 from simmim_fast.ops.linear_masked_loss.op import (
+    TILE_CHANNELS,
     TILE_OUTPUTS,
     TILE_TOKENS,
     chunk_count,
     loss_dtype,
+    row_chunks,
     row_count,
     slope_dtype,
 )
 
 # Chosen by registers and shared memory, not yet by measurement on a GPU.
 TILE_ROWS = 64
-TILE_CHANNELS = 128
 TILE_DEPTH = {2: 64, 4: 32, 8: 16}  # by bytes of an operand
 TILE_CHUNKS = 1024
 NUM_WARPS = 8
@@ -206,8 +207,9 @@ def _linear_masked_loss_bwd_weight_kernel(
     features_ptr,  # (B, h, w, D)
     slope_ptr,  # (B, slots, outputs)
     tokens_ptr,  # (B, slots) or None
-    grad_weight_ptr,  # (outputs, D) or None
-    grad_bias_ptr,  # (outputs) or None
+    grad_weight_ptr,  # (chunks, outputs, D) or None
+    grad_bias_ptr,  # (chunks, outputs) or None
+    chunk_rows,
     num_rows,  # B slots
     slots,
     grid,  # h w
@@ -219,17 +221,19 @@ def _linear_masked_loss_bwd_weight_kernel(
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """slope' features for one tile, through all rows in order; the first channel tile also sums the slopes.
+    """slope' features for one tile, through a chunk of rows in order; the first channel tile also sums the slopes.
 
-    Grid: (output tiles, channel tiles).
+    Grid: (output tiles, channel tiles, chunks).
     """
+    chunk = tl.program_id(2).to(tl.int64)
+    first_row = chunk * chunk_rows
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     is_output, is_channel = outputs < num_outputs, channels < depth
     product = tl.zeros((OUTPUTS, CHANNELS), COMPUTE)
     total = tl.zeros((OUTPUTS,), COMPUTE)
-    for first in range(0, num_rows, DEPTH):
-        rows = first + tl.arange(0, DEPTH).to(tl.int64)
+    for first in range(0, tl.minimum(chunk_rows, num_rows - first_row), DEPTH):
+        rows = first_row + first + tl.arange(0, DEPTH)
         image, token, is_row, _ = _row_tokens(tokens_ptr, rows, num_rows, slots, grid)
         in_slopes = is_row[:, None] & is_output[None, :]
         slope = tl.load(slope_ptr + rows[:, None] * num_outputs + outputs[None, :], mask=in_slopes, other=0)
@@ -240,10 +244,11 @@ def _linear_masked_loss_bwd_weight_kernel(
             product += dot(tl.trans(slope), b, OPERAND)
     factor = tl.load(grad_loss_ptr).to(COMPUTE) * tl.load(scale_ptr)
     if grad_weight_ptr is not None:
-        at = grad_weight_ptr + outputs.to(tl.int64)[:, None] * depth + channels[None, :]
+        at = grad_weight_ptr + (chunk * num_outputs + outputs)[:, None] * depth + channels[None, :]
         store_rounded(at, product * factor, is_output[:, None] & is_channel[None, :])
     if grad_bias_ptr is not None:
-        store_rounded(grad_bias_ptr + outputs, total * factor, is_output & (tl.program_id(1) == 0))
+        at = grad_bias_ptr + chunk * num_outputs + outputs
+        store_rounded(at, total * factor, is_output & (tl.program_id(1) == 0))
 
 
 _OPERANDS = {
@@ -343,8 +348,10 @@ def backward(
     sizes = (rows, grid if tokens is None else tokens.shape[1], grid, outputs, depth)
     allocate = features.new_empty if tokens is None else features.new_zeros
     grad_features = allocate(features.shape if needs_features else (0,))
-    grad_weight = features.new_empty(weight.shape if needs_weight else (0,))
-    grad_bias = features.new_empty(outputs if needs_bias else 0)
+    chunks, chunk_rows = row_chunks(rows, weight)
+    sum_dtype = features.dtype if chunks == 1 else loss_dtype(features.dtype)
+    grad_weight = features.new_empty((chunks, *weight.shape) if needs_weight else (1, 0), dtype=sum_dtype)
+    grad_bias = features.new_empty((chunks, outputs) if needs_bias else (1, 0), dtype=sum_dtype)
     channel_tiles = triton.cdiv(depth, TILE_CHANNELS)
     with on_device_of(features):
         if needs_features and rows > 0:
@@ -360,13 +367,19 @@ def backward(
             )
         if needs_weight or needs_bias:
             tiles = channel_tiles if needs_weight else 1
-            _linear_masked_loss_bwd_weight_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), tiles)](
+            _linear_masked_loss_bwd_weight_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), tiles, chunks)](
                 *(grad_loss, scale, features.contiguous(), slope, tokens),
                 grad_weight if needs_weight else None,
                 grad_bias if needs_bias else None,
+                chunk_rows,
                 *sizes,
                 OUTPUTS=TILE_OUTPUTS,
                 CHANNELS=TILE_CHANNELS,
                 **options,
             )
-    return grad_features, grad_weight, grad_bias
+    return grad_features, *(_added(partial, features.dtype) for partial in (grad_weight, grad_bias))
+
+
+def _added(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first axis, in order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0).to(dtype)

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_fast.ops._registration import Direction, define_op
+from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.linear_masked_loss import reference
 
 LOSSES = tuple(reference.LOSSES)
 # Tile of the Triton forward: tokens by outputs whose losses are added up before their sums are.
 TILE_TOKENS = 64
 TILE_OUTPUTS = 128
+TILE_CHANNELS = 128
+# The gradient of the weight is added up over chunks of rows where its tiles alone are too few programs to fill a GPU.
+ENOUGH_PROGRAMS = 132
+LEAST_CHUNK_ROWS = 1024
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,6 +46,15 @@ def row_count(features: Tensor, tokens: Tensor | None) -> int:
 def chunk_count(features: Tensor, weight: Tensor, tokens: Tensor | None) -> int:
     """Partial sums of the forward: a float64 and an int64 each."""
     return -(-row_count(features, tokens) // TILE_TOKENS) * -(-weight.shape[0] // TILE_OUTPUTS)
+
+
+def row_chunks(rows: int, weight: Tensor) -> tuple[int, int]:
+    """Chunks of rows whose gradients of the weight are added afterwards, and rows of one. By the sizes alone."""
+    outputs, depth = weight.shape
+    tiles = -(-outputs // TILE_OUTPUTS) * -(-depth // TILE_CHANNELS)
+    wanted = max(1, min(-(-ENOUGH_PROGRAMS // max(tiles, 1)), rows // LEAST_CHUNK_ROWS))
+    size = max(TILE_TOKENS, -(-rows // (wanted * TILE_TOKENS)) * TILE_TOKENS)
+    return max(1, -(-rows // size)), size
 
 
 def _reference(
@@ -179,15 +192,23 @@ def _bytes_moved_backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[int, int]:
-    """Slopes once per product. Of listed tokens the gradient is written twice: zeros first."""
+    """Slopes once per product. Of listed tokens the gradient is written twice: zeros first.
+
+    Sums over chunks of rows are written, read and added, and written once more where they are rounded.
+    """
     listed = row_count(features, tokens) * features.shape[3] * features.itemsize
     scalars = grad_loss.nbytes + scale.nbytes + (0 if tokens is None else tokens.nbytes)
     sums = needs_weight or needs_bias
     read = needs_features * (slope.nbytes + weight.nbytes + scalars) + sums * (slope.nbytes + scalars)
     read += needs_weight * listed
     written = needs_features * (listed + (0 if tokens is None else features.nbytes))
-    written += needs_weight * weight.nbytes + needs_bias * weight.shape[0] * weight.itemsize
-    return read, written
+    elements = needs_weight * weight.numel() + needs_bias * weight.shape[0]
+    chunks, sum_dtype = row_chunks(row_count(features, tokens), weight)[0], loss_dtype(features.dtype)
+    partials = 0
+    if chunks > 1:
+        rounded = unrounded_nbytes(sum_dtype, weight.new_empty(elements, device="meta"))
+        partials = chunks * elements * sum_dtype.itemsize + rounded
+    return read + partials, written + partials + elements * weight.itemsize
 
 
 _FORWARD = (
