@@ -49,20 +49,22 @@ class Compiled:
         stack: Bytes of local memory of a thread.
         shared: Bytes of shared memory of a block.
         sass: The machine code.
+        dots: Types of the left and right operand of each product, as Triton has them before it lowers them ("bf16").
     """
 
     registers: int
     stack: int
     shared: int
     sass: str
+    dots: tuple[tuple[str, str], ...]
 
     def count(self, instruction: str) -> int:
         """How often an instruction occurs, by a regular expression for its name with modifiers."""
         return len(re.findall(rf"\b{instruction}", self.sass))
 
-    def wide_bytes(self, instruction: str) -> int:
-        """Bytes that one thread moves by the 128-bit form of "LDG" (load) or "STG" (store), loops taken once."""
-        return 16 * self.count(rf"{instruction}\.E\S*\.128")
+    def wide_bytes(self, instruction: str, bits: int = 128) -> int:
+        """Bytes that a thread moves by the form of "LDG" (load) or "STG" (store) of so many bits, loops taken once."""
+        return bits // 8 * self.count(rf"{instruction}\.E\S*\.{bits}")
 
 
 def launches(function: Callable[..., Any], *args: Any) -> list[Launch]:
@@ -80,7 +82,9 @@ def compile_launch(launch: Launch, capability: int, directory: Path) -> Compiled
     cubin = directory / f"{launch.kernel.__name__}.sm_{capability}.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _run("cuobjdump", "-res-usage", cubin)))
-    return Compiled(int(usage["REG"]), int(usage["STACK"]), binary.metadata.shared, _run("nvdisasm", "-c", cubin))
+    dots = re.findall(r"tt\.dot .* : tensor<[\dx]*x(\w+)> \* tensor<[\dx]*x(\w+)>", binary.asm["ttir"])
+    sass = _run("nvdisasm", "-c", cubin)
+    return Compiled(int(usage["REG"]), int(usage["STACK"]), binary.metadata.shared, sass, tuple(dots))
 
 
 def assert_frugal(compiled: Compiled, capability: int) -> None:
@@ -88,6 +92,20 @@ def assert_frugal(compiled: Compiled, capability: int) -> None:
     assert compiled.count("LDL") == compiled.count("STL") == 0, "registers are spilled to local memory"
     assert compiled.stack == 0
     assert compiled.shared <= SHARED_MEMORY[capability]
+
+
+def assert_products(compiled: Compiled, dtype: torch.dtype, dots: int) -> None:
+    """So many products, each of operands in this dtype: half types in tensor cores, float32 without TF32."""
+    name = type_canonicalisation_dict[str(dtype).removeprefix("torch.")].replace("fp", "f")
+    assert compiled.dots == ((name, name),) * dots, f"products of {compiled.dots}, not {dots} of {name}"
+    of_dtype = {torch.bfloat16: r"HG?MMA\.\S*BF16", torch.float16: r"HG?MMA\.(?!\S*(BF16|TF32))"}.get(dtype)
+    fifth_generation = compiled.count(r"UTC\w*MMA")  # whose operands' type is in a descriptor
+    instructions = compiled.count(r"HG?MMA\.") + fifth_generation
+    if of_dtype is None:
+        assert instructions == 0, "float32 goes through tensor cores"
+        return
+    assert compiled.count(of_dtype) + fifth_generation == instructions, "tensor cores multiply in another type"
+    assert instructions >= dots, f"{instructions} tensor-core instructions for {dots} products"
 
 
 @contextmanager
