@@ -144,10 +144,11 @@ def test_ddp(encoder: str) -> None:
 
 
 @every_encoder
+@pytest.mark.parametrize("recompute", ["pointwise", "mlp"])
 @pytest.mark.usefixtures("process_group")
-def test_fsdp2(encoder: str) -> None:
+def test_fsdp2(encoder: str, recompute: str) -> None:
     expected = gradients(build(encoder), *batch(encoder))
-    model = build(encoder)
+    model = build(encoder, recompute=recompute)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
