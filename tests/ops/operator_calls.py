@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._ops import OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,7 +38,8 @@ class OperatorCalls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[OperatorCall] = []
-        self._memory: dict[int, int] | None = None  # address -> bytes, inside an operator
+        # By address, inside an operator: held, or an address would be given out again and counted once.
+        self._memory: dict[int, UntypedStorage] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "simmim_fast":
@@ -46,20 +47,24 @@ class OperatorCalls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._memory is not None:
             known = memory(args)
-            self._memory.update({at: size for at, size in memory(result).items() if at not in known})
+            self._memory.update({at: storage for at, storage in memory(result).items() if at not in known})
         return result
 
     def _operator(self, func: Any, args: tuple) -> Any:
         self._memory = {}
         with self:
             result = func.redispatch(backend_keys(args), *args)
-        born, kept = sum(self._memory.values()), sum(memory(result).values())
+        born, kept, given = (nbytes(held) for held in (self._memory, memory(result), memory(args)))
         self._memory = None
-        self.calls.append(OperatorCall(func.overloadpacket, args, sum(memory(args).values()), born, born - kept))
+        self.calls.append(OperatorCall(func.overloadpacket, args, given, born, born - kept))
         return result
 
 
-def memory(values: Any) -> dict[int, int]:
-    """Address and bytes of the storage behind every tensor."""
+def memory(values: Any) -> dict[int, UntypedStorage]:
+    """The storage behind every tensor, by address."""
     storages = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage.data_ptr(): storage for storage in storages}
+
+
+def nbytes(storages: dict[int, UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
