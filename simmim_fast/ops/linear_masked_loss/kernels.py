@@ -32,7 +32,7 @@ TILE_CHUNKS = 1024
 NUM_WARPS = 8
 NUM_STAGES = 3
 # Deeper pipelines of thinner tiles, as compute capability 8.0 has too few registers for more.
-FEATURES_PIPELINE = {size: {"DEPTH": min(depth, 32), "num_stages": 4} for size, depth in TILE_DEPTH.items()}
+BACKWARD_PIPELINE = {size: {"DEPTH": min(depth, 32), "num_stages": 4} for size, depth in TILE_DEPTH.items()}
 WRONG_TOKEN = tl.constexpr(1 << 40)  # more than there are pixels
 
 
@@ -363,7 +363,7 @@ def backward(
                 *sizes,
                 ROWS=TILE_ROWS,
                 CHANNELS=TILE_CHANNELS,
-                **options | FEATURES_PIPELINE[features.itemsize],
+                **options | BACKWARD_PIPELINE[features.itemsize],
             )
         if needs_weight or needs_bias:
             tiles = channel_tiles if needs_weight else 1
@@ -375,7 +375,7 @@ def backward(
                 *sizes,
                 OUTPUTS=TILE_OUTPUTS,
                 CHANNELS=TILE_CHANNELS,
-                **options,
+                **options | BACKWARD_PIPELINE[features.itemsize],
             )
     return grad_features, *(_added(partial, features.dtype) for partial in (grad_weight, grad_bias))
 
