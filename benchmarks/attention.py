@@ -9,18 +9,12 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Absent
-from simmim_fast.ops.shifted_window_attention.reference import (
-    MAX_LOGIT_SCALE,
-    partition,
-    relative_position_index,
-    reverse,
-    shift_mask,
-)
+from simmim_fast.ops.shifted_window_attention import reference
+from simmim_fast.ops.shifted_window_attention.reference import MAX_LOGIT_SCALE, bias_and_mask
 
 # (q, k, v (B, h, N, D), bias (h, N, N), mask (G, N, N) or None, scale or None) -> (B, h, N, D)
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -121,15 +115,13 @@ def in_windows(
     grid = tuple(qkv.shape[1:3])
     if queries is not None or grid[0] % window_size[0] or grid[1] % window_size[1]:
         raise Absent("peers' window attention is written here for all tokens of grids that whole windows fill")
-    if position_index is None:
-        position_index = relative_position_index(window_size).to(qkv.device)
-    if attn_mask is None and any(shift):
-        attn_mask = shift_mask(grid, window_size, shift).to(qkv.device)
-    qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2)) if any(shift) else qkv
-    q, k, v = partition(qkv, window_size).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B G, h, N, D)
-    if logit_scale is not None:
+    bias, mask = bias_and_mask(bias_table, grid, window_size, shift, position_index, attn_mask)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if logit_scale is None:
+            return attend(q, k, v, bias, mask, scale)
         factor = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().view(-1, 1, 1)
-        q, k, scale = (F.normalize(q, dim=-1) * factor).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), 1.0
-    out = attend(q, k, v, bias_table[position_index].permute(2, 0, 1), attn_mask, scale)
-    out = reverse(out.transpose(1, 2).flatten(2), window_size, grid)
-    return torch.roll(out, shift, (1, 2)) if any(shift) else out
+        unit_q, unit_k = (F.normalize(q, dim=-1) * factor).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        return attend(unit_q, unit_k, v, bias, mask, 1.0)
+
+    return reference.in_windows(attended, qkv, window_size, shift, num_heads)

@@ -13,12 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPERAND_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+MIN_DOT_SIZE = 16  # of each side of a product
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """The type in which a kernel computes what it stores in `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """An optional argument as a kernel reads it."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:

@@ -225,13 +225,8 @@ def masked_patch_embed_inputs(
     def parameter(*size: int) -> Tensor:
         return random_tensor(size, parameter_dtype, generator).to(device)
 
-    pixels = (images, planes, height * patch, width * patch)
     is_bytes = image_dtype == torch.uint8
-    image = (
-        torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8)
-        if is_bytes
-        else random_tensor(pixels, image_dtype, generator)
-    )
+    image = random_pixels((images, planes, height * patch, width * patch), image_dtype, generator)
     order = torch.rand((images, height * width), generator=generator).argsort(dim=1)
     shown = order[:, round(hidden * height * width) :]
     mask = torch.ones((images, height * width), dtype=torch.bool).scatter_(1, shown, False)
@@ -365,6 +360,13 @@ def _pixels(
     std = torch.rand(channels, generator=generator) / 50 + 0.1
     target = ((target * std[:, None, None] + mean[:, None, None]) * 255).round().clamp(0, 255).to(torch.uint8)
     return {"target": target, "mask": mask, "mean": mean, "std": std}
+
+
+def random_pixels(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Any bytes, or standard normal values of a floating dtype."""
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=dtype)
+    return random_tensor(shape, dtype, generator)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -11,15 +11,24 @@ NaN and no gradient.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import as_operand, compute_type, dot, on_device_of, store_rounded
+from simmim_fast._triton import (
+    MIN_DOT_SIZE,
+    OPERAND_TYPES,
+    as_operand,
+    compute_type,
+    contiguous,
+    dot,
+    on_device_of,
+    store_rounded,
+)
+from simmim_fast.ops._devices import capability_of
 from simmim_fast.ops.biased_attention.op import (
+    CAPABILITIES,
     Tile,
-    capability_of,
     chunk_images,
     compute_dtype,
     program_rows,
@@ -27,13 +36,6 @@ from simmim_fast.ops.biased_attention.op import (
     workspace_shapes,
 )
 
-OPERAND_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-MIN_DOT_SIZE = 16
 NUM_STAGES = 1
 
 
@@ -239,13 +241,13 @@ def forward(
     lse = qkv.new_empty((images, num_heads, rows), dtype=compute_dtype(qkv.dtype))
     if out.numel() == 0:
         return out, lse
-    tile = tiles(qkv, num_heads, capability_of(qkv.device)).forward
+    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).forward
     of_a_program = program_rows(tile, images * num_heads, rows, tokens)
     with on_device_of(qkv):
         _biased_attention_fwd_kernel[(images * num_heads, triton.cdiv(rows, of_a_program))](
             qkv.contiguous(),
-            _contiguous(bias),
-            _contiguous(queries),
+            contiguous(bias),
+            contiguous(queries),
             out,
             lse,
             rows,
@@ -268,7 +270,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The operator's backward: grad_qkv (B, N, 3C), and grad_bias (h, N, N), empty where it is not needed."""
     images, _, channels = qkv.shape
-    tile = tiles(qkv, num_heads, capability_of(qkv.device)).backward
+    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).backward
     needs_bias = needs_bias and bias is not None
     shapes = workspace_shapes(tile, qkv, bias, queries, num_heads, needs_bias)
     sums = {name: qkv.new_empty(shape, dtype=lse.dtype) for name, shape in shapes.items()}
@@ -283,8 +285,8 @@ def backward(
             _biased_attention_bwd_kernel[(triton.cdiv(images, chunk) * num_heads,)](
                 grad_out.contiguous(),
                 qkv.contiguous(),
-                _contiguous(bias),
-                _contiguous(queries),
+                contiguous(bias),
+                contiguous(queries),
                 out,
                 lse,
                 grad_qkv,
@@ -314,7 +316,3 @@ def _constants(tile: Tile, qkv: Tensor, num_heads: int, scale: float) -> dict[st
         "num_warps": tile.warps,
         "num_stages": NUM_STAGES,
     }
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

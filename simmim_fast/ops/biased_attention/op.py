@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simmim_fast.ops._devices import MULTIPROCESSORS, capability_of
 from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.biased_attention import reference
 
 MAX_HEAD_SIZE = 128
 MAX_IMAGE_ELEMENTS = 2**31  # of qkv, and of a head's bias: the Triton kernels' offsets inside an image are int32
-ENOUGH_PROGRAMS = 132  # multiprocessors of an H100
+CAPABILITIES = (80, 90)  # that have tiles of their own
 
 
 class Tile(NamedTuple):
@@ -35,11 +36,6 @@ class Tiles(NamedTuple):
 
     forward: Tile
     backward: Tile
-
-
-def capability_of(device: torch.device) -> int:
-    """The compute capability that decides on tiles: 80 below 9.0, else 90, also where there is no GPU."""
-    return 80 if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0) else 90
 
 
 def tiles(qkv: Tensor, num_heads: int, capability: int) -> Tiles:
@@ -77,13 +73,13 @@ def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:
     if tile.keys < tokens:
         return tile.rows
     row_tiles = -(-rows // tile.rows)
-    programs = min(row_tiles, -(-ENOUGH_PROGRAMS // heads))
+    programs = min(row_tiles, -(-MULTIPROCESSORS // heads))
     return tile.rows * -(-row_tiles // programs)
 
 
 def chunk_images(images: int, num_heads: int, needs_bias: bool) -> int:
     """Images that one program of the backward adds up for the gradient of the bias: two or more."""
-    return max(2, -(-images * num_heads // ENOUGH_PROGRAMS)) if needs_bias else 1
+    return max(2, -(-images * num_heads // MULTIPROCESSORS)) if needs_bias else 1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -198,7 +194,7 @@ def _bytes_moved(
     images, rows = out.shape[:2]
     if out.numel() == 0:
         return 0, 0
-    tile = tiles(qkv, num_heads, capability_of(qkv.device)).forward
+    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).forward
     programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
     read = out.nbytes + programs * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows)
     return read + num_heads * _nbytes(queries), out.nbytes + lse.nbytes
@@ -217,7 +213,7 @@ def _bytes_moved_backward(
 ) -> tuple[int, int]:
     """k and v once; q, its gradient's sum, dO, out and lse for every tile of keys; bias and its sum for every image."""
     images, rows = grad_out.shape[:2]
-    tile = tiles(qkv, num_heads, capability_of(qkv.device)).backward
+    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).backward
     key_tiles = -(-qkv.shape[1] // tile.keys)
     itemsize = compute_dtype(qkv.dtype).itemsize
     shapes = workspace_shapes(tile, qkv, bias, queries, num_heads, needs_bias)

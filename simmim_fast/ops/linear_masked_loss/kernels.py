@@ -7,13 +7,14 @@ Offsets are int64: a tensor may have more than 2^31 elements.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import compute_type, dot, on_device_of, store_rounded
+from simmim_fast._triton import compute_type, contiguous, dot, on_device_of, store_rounded
 from simmim_fast.ops.linear_masked_loss.op import (
     TILE_CHANNELS,
     TILE_OUTPUTS,
@@ -270,10 +271,6 @@ def _shared_options(features: Tensor) -> dict[str, object]:
     }
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def forward(
     features: Tensor,
     weight: Tensor,
@@ -299,7 +296,7 @@ def forward(
     with on_device_of(features):
         if chunks > 0:
             _linear_masked_loss_fwd_kernel[(triton.cdiv(rows, TILE_TOKENS), triton.cdiv(outputs, TILE_OUTPUTS))](
-                *map(_contiguous, (features, weight, bias, target, mask, tokens, mean, std)),
+                *map(contiguous, (features, weight, bias, target, mask, tokens, mean, std)),
                 slope if keep_slope else None,
                 sums,
                 counts,
@@ -344,14 +341,15 @@ def backward(
     """The operator's backward: grad_features (B, h, w, D), grad_weight (outputs, D), grad_bias (outputs); or empty."""
     rows, grid = row_count(features, tokens), features.shape[1] * features.shape[2]
     outputs, depth = weight.shape
-    options, slope, tokens = _shared_options(features), slope.contiguous(), _contiguous(tokens)
+    options = _shared_options(features) | BACKWARD_PIPELINE[features.itemsize]
+    slope, tokens = slope.contiguous(), contiguous(tokens)
     sizes = (rows, grid if tokens is None else tokens.shape[1], grid, outputs, depth)
     allocate = features.new_empty if tokens is None else features.new_zeros
     grad_features = allocate(features.shape if needs_features else (0,))
     chunks, chunk_rows = row_chunks(rows, weight)
-    sum_dtype = features.dtype if chunks == 1 else loss_dtype(features.dtype)
-    grad_weight = features.new_empty((chunks, *weight.shape) if needs_weight else (1, 0), dtype=sum_dtype)
-    grad_bias = features.new_empty((chunks, outputs) if needs_bias else (1, 0), dtype=sum_dtype)
+    allocate_sums = partial(features.new_empty, dtype=features.dtype if chunks == 1 else loss_dtype(features.dtype))
+    grad_weight = allocate_sums((chunks, *weight.shape) if needs_weight else (1, 0))
+    grad_bias = allocate_sums((chunks, outputs) if needs_bias else (1, 0))
     channel_tiles = triton.cdiv(depth, TILE_CHANNELS)
     with on_device_of(features):
         if needs_features and rows > 0:
@@ -363,7 +361,7 @@ def backward(
                 *sizes,
                 ROWS=TILE_ROWS,
                 CHANNELS=TILE_CHANNELS,
-                **options | BACKWARD_PIPELINE[features.itemsize],
+                **options,
             )
         if needs_weight or needs_bias:
             tiles = channel_tiles if needs_weight else 1
@@ -375,9 +373,9 @@ def backward(
                 *sizes,
                 OUTPUTS=TILE_OUTPUTS,
                 CHANNELS=TILE_CHANNELS,
-                **options | BACKWARD_PIPELINE[features.itemsize],
+                **options,
             )
-    return grad_features, *(_added(partial, features.dtype) for partial in (grad_weight, grad_bias))
+    return grad_features, _added(grad_weight, features.dtype), _added(grad_bias, features.dtype)
 
 
 def _added(partial: Tensor, dtype: torch.dtype) -> Tensor:

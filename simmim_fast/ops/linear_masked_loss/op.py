@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmim_fast.ops._devices import MULTIPROCESSORS
 from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.linear_masked_loss import reference
 
@@ -23,7 +24,6 @@ TILE_TOKENS = 64
 TILE_OUTPUTS = 128
 TILE_CHANNELS = 128
 # The gradient of the weight is added up over chunks of rows where its tiles alone are too few programs to fill a GPU.
-ENOUGH_PROGRAMS = 132
 LEAST_CHUNK_ROWS = 1024
 
 
@@ -52,7 +52,7 @@ def row_chunks(rows: int, weight: Tensor) -> tuple[int, int]:
     """Chunks of rows whose gradients of the weight are added afterwards, and rows of one. By the sizes alone."""
     outputs, depth = weight.shape
     tiles = -(-outputs // TILE_OUTPUTS) * -(-depth // TILE_CHANNELS)
-    wanted = max(1, min(-(-ENOUGH_PROGRAMS // max(tiles, 1)), rows // LEAST_CHUNK_ROWS))
+    wanted = max(1, min(-(-MULTIPROCESSORS // max(tiles, 1)), rows // LEAST_CHUNK_ROWS))
     size = max(TILE_TOKENS, -(-rows // (wanted * TILE_TOKENS)) * TILE_TOKENS)
     return max(1, -(-rows // size)), size
 

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import compute_type, dot, on_device_of, store_rounded
+from simmim_fast._triton import MIN_DOT_SIZE, OPERAND_TYPES, compute_type, contiguous, dot, on_device_of, store_rounded
 from simmim_fast.ops.masked_patch_embed.kernels_rows import (
-    MIN_DOT_SIZE,
     Tile,
     load_patches,
     normalise,
@@ -41,12 +40,6 @@ from simmim_fast.ops.masked_patch_embed.op import (
     workspace_shapes,
 )
 
-OPERAND_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 WEIGHT_TILE_ROWS = 32
 TOKEN_TILE_CHANNELS = 128
 SIZES = ("total_rows", "rows_per_image", "num_patches", "num_channels", "num_numbers", "height", "width")
@@ -324,7 +317,7 @@ def forward(
         check_listed(mask, visible)
     rows = total_rows(mask, visible)
     out = image.new_empty((*mask.shape, weight.shape[0]), dtype=out_dtype)
-    mask, pos_embed, visible = mask.contiguous(), _contiguous(pos_embed), _contiguous(visible)
+    mask, pos_embed, visible = mask.contiguous(), contiguous(pos_embed), contiguous(visible)
     with on_device_of(image):
         if out.numel() > 0:
             _write_hidden(mask, mask_token, pos_embed, out, poison=visible is not None)
@@ -335,11 +328,11 @@ def forward(
                 mask,
                 weight.contiguous(),
                 bias.contiguous(),
-                _contiguous(norm_weight),
-                _contiguous(norm_bias),
+                contiguous(norm_weight),
+                contiguous(norm_bias),
                 pos_embed,
-                _contiguous(mean),
-                _contiguous(std),
+                contiguous(mean),
+                contiguous(std),
                 visible,
                 out,
                 *_sizes(image, mask, weight, visible),
@@ -393,9 +386,9 @@ def backward(
         else None
         for name, shape in workspace_shapes(grad_out, weight, rows, norm).items()
     }
-    grad_out, image, mask, visible = grad_out.contiguous(), image.contiguous(), mask.contiguous(), _contiguous(visible)
+    grad_out, image, mask, visible = grad_out.contiguous(), image.contiguous(), mask.contiguous(), contiguous(visible)
     pixels = {"image_ptr": image, "mask_ptr": mask, "visible_ptr": visible}
-    pixels |= {"mean_ptr": _contiguous(mean), "std_ptr": _contiguous(std)}
+    pixels |= {"mean_ptr": contiguous(mean), "std_ptr": contiguous(std)}
     constants = _constants(weight, compute_dtype, compute_type(grad_out.dtype)) | {"CHUNK": chunk_rows(rows, weight)}
     with on_device_of(grad_out):
         if grad_out.numel() > 0 and sums_tokens(wanted):
@@ -489,7 +482,3 @@ def _constants(weight: Tensor, compute_dtype: torch.dtype, compute: tl.dtype) ->
     patch_size = weight.shape[3]
     run = patch_size & -patch_size  # the largest power of 2 that divides it
     return {"OPERAND": OPERAND_TYPES[compute_dtype], "COMPUTE": compute, "PATCH_SIZE": patch_size, "RUN": run}
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import dot
-
-MIN_DOT_SIZE = 16
+from simmim_fast._triton import MIN_DOT_SIZE, dot
 
 
 class Tile(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmim_fast.ops._devices import ENOUGH_PROGRAMS
 from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.masked_patch_embed import reference
 
@@ -21,7 +22,6 @@ CHUNK_IMAGES = 16
 CHUNK_POSITIONS = 16
 # Rows of a chunk of the other sums: the most that leave enough programs to fill a GPU, or else the last.
 CHUNK_ROWS = (2048, 1024, 512, 256)
-ENOUGH_PROGRAMS = 512
 # Tiles of the gradient of the weight.
 WEIGHT_TILE_CHANNELS = 128
 WEIGHT_TILE_NUMBERS = 64

@@ -74,10 +74,7 @@ def masked_patch_embed(
     hidden, patch_size = mask.bool(), weight.shape[-1]
     dtype, wide = compute_dtype(image, weight), torch.promote_types(weight.dtype, torch.float32)
     embedded_dtype = embedding_dtype(image, weight, norm_weight)
-    if mean is not None:
-        image = (image.to(wide) / 255 - mean.to(wide)[:, None, None]) / std.to(wide)[:, None, None]
-    hidden_pixels = hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]  # (B, 1, H, W)
-    image = image.to(dtype).masked_fill(hidden_pixels, 0)
+    image = _visible_pixels(image, hidden, patch_size, mean, std, wide).to(dtype)
     x = F.conv2d(image, weight.to(dtype), bias.to(dtype), stride=patch_size).permute(0, 2, 3, 1)  # (B, H/p, W/p, C)
     if norm_weight is not None:
         norm_dtype = torch.promote_types(dtype, norm_weight.dtype)
@@ -88,3 +85,12 @@ def masked_patch_embed(
         x = x.masked_fill(~listed[..., None], float("nan"))
     x = torch.where(hidden[..., None], mask_token, x)
     return x if pos_embed is None else x + pos_embed
+
+
+def _visible_pixels(
+    image: Tensor, hidden: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The image (B, channels, H, W), normalised in `dtype` where there is a mean, and 0 in hidden patches."""
+    if mean is not None:
+        image = (image.to(dtype) / 255 - mean.to(dtype)[:, None, None]) / std.to(dtype)[:, None, None]
+    return image.masked_fill(hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None], 0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import as_operand, compute_type, on_device_of, store_rounded
+from simmim_fast._triton import as_operand, compute_type, contiguous, on_device_of, store_rounded
 from simmim_fast.ops.residual_layer_norm.op import chunk_rows, partial_shape, sum_dtype
 from simmim_fast.ops.residual_layer_norm.reference import stream_dtype
 
@@ -195,10 +195,6 @@ def _residual_layer_norm_bwd_kernel(
         tl.store(gamma_partial_ptr + partials, tl.sum(gamma_sum, axis=0), mask=channels < num_channels)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _rows(x: Tensor) -> tuple[int, int]:
     """Rows, and rows of one sample."""
     rows = x.numel() // x.shape[-1]
@@ -226,7 +222,7 @@ def forward(
         size = tile(x.shape[-1])
         with on_device_of(x):
             _residual_layer_norm_fwd_kernel[(triton.cdiv(rows, size.rows),)](
-                *map(_contiguous, (x, delta, weight, bias, gamma, keep)),
+                *map(contiguous, (x, delta, weight, bias, gamma, keep)),
                 None if delta is None else stream,
                 None if norms_delta else normed,
                 mean,
@@ -273,7 +269,7 @@ def backward(
         size, chunk = tile(source.shape[-1]), chunk_rows(source.shape[-1])
         with on_device_of(source):
             _residual_layer_norm_bwd_kernel[(triton.cdiv(rows, chunk),)](
-                *map(_contiguous, (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, mean, rstd)),
+                *map(contiguous, (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, mean, rstd)),
                 *activations,
                 *partials,
                 rows,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import compute_type, on_device_of, store_rounded
+from simmim_fast._triton import compute_type, contiguous, on_device_of, store_rounded
+from simmim_fast.ops._devices import ENOUGH_PROGRAMS, capability_of
 from simmim_fast.ops.shifted_window_attention.kernels_blocked import (
     _window_attention_blocked_bwd_keys_kernel,
     _window_attention_blocked_bwd_pairs_kernel,
@@ -22,7 +23,6 @@ from simmim_fast.ops.shifted_window_attention.kernels_whole import (
     _window_attention_fwd_kernel,
 )
 from simmim_fast.ops.shifted_window_attention.op import (
-    ENOUGH_PROGRAMS,
     Sizes,
     bias_shape,
     chunk_windows,
@@ -100,17 +100,9 @@ CONFIGURATIONS = {
 }
 
 
-def capability_of(device: torch.device) -> int:
-    """The nearest capability below the device's that has a configuration: 80, 90 or 100."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return max(known for known in CONFIGURATIONS if known <= 10 * major + minor)
-
-
 def configuration_of(qkv: Tensor, work: Sizes) -> Configuration:
     """How the kernels are compiled for a call."""
-    return CONFIGURATIONS[capability_of(qkv.device)][min(qkv.element_size(), 4), tile(work.head_size)]
+    return CONFIGURATIONS[capability_of(qkv.device, CONFIGURATIONS)][min(qkv.element_size(), 4), tile(work.head_size)]
 
 
 @triton.jit
@@ -189,7 +181,7 @@ def forward(
         arguments = _arguments(
             qkv, bias_table, logit_scale, pad_value, window_h, window_w, shift_h, shift_w, scale, work, kinds=1
         )
-        arguments |= {"queries_ptr": _contiguous(queries), "out_ptr": out, "num_heads": num_heads}
+        arguments |= {"queries_ptr": contiguous(queries), "out_ptr": out, "num_heads": num_heads}
         if not work.whole:
             blocks = triton.cdiv(work.rows, work.query_block)
             _window_attention_blocked_fwd_kernel[(work.windows * num_heads, blocks)](
@@ -334,7 +326,7 @@ def _arguments(
         bias = {"table_ptr": bias_table.t().to(dtype).contiguous()}
     return bias | {
         "qkv_ptr": qkv.contiguous(),
-        "logit_scale_ptr": _contiguous(logit_scale),
+        "logit_scale_ptr": contiguous(logit_scale),
         "pad_value_ptr": None if pad_value is None else pad_value.to(qkv.dtype).contiguous(),
         "num_queries": work.rows,
         "height": qkv.shape[1],
@@ -391,10 +383,6 @@ def _check_limits(work: Sizes) -> None:
 def _program_windows(work: Sizes, num_heads: int, most: int) -> int:
     """Windows of one program of the forward: fewer where that leaves too few programs."""
     return max(1, min(most, work.windows * num_heads // ENOUGH_PROGRAMS))
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _places(queries: Tensor, tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simmim_fast.ops._devices import ENOUGH_PROGRAMS
 from simmim_fast.ops._registration import Direction, define_op
 from simmim_fast.ops.shifted_window_attention import reference
 
@@ -28,7 +29,6 @@ CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
 # Windows of a chunk, whose gradients of the parameters are added up before they are stored: the most that leave enough
 # programs to fill a GPU, or else the last.
 CHUNKS = (32, 16, 8, 4)
-ENOUGH_PROGRAMS = 512
 
 
 class Sizes(NamedTuple):

@@ -6,6 +6,7 @@ Shapes: B batch, H and W the token grid, h heads of D channels (C = h D), G wind
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,23 +55,60 @@ def shifted_window_attention(
     """
     height, width = qkv.shape[1:3]
     qkv = pad_to_windows(qkv, window_size, pad_value)
-    grid = tuple(qkv.shape[1:3])
+    bias, mask = bias_and_mask(bias_table, tuple(qkv.shape[1:3]), window_size, shift, position_index, attn_mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = F.dropout(_weights(_similarity(q, k, scale, logit_scale) + bias, mask), dropout, dropout > 0)
+        return weights.to(v.dtype) @ v
+
+    out = in_windows(attend, qkv, window_size, shift, num_heads)[:, :height, :width]
+    return out if queries is None else _listed(out.flatten(1, 2), queries)
+
+
+def bias_and_mask(
+    bias_table: Tensor,
+    grid: tuple[int, int],
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    position_index: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the logits of a padded grid's windows get: a bias (h, N, N), and a mask (G, N, N) where they are shifted.
+
+    `position_index` and `attn_mask` as in `shifted_window_attention`.
+    """
     if position_index is None:
-        position_index = relative_position_index(window_size).to(qkv.device)
+        position_index = relative_position_index(window_size).to(bias_table.device)
     if attn_mask is None and any(shift):
-        attn_mask = shift_mask(grid, window_size, shift).to(qkv.device)
+        attn_mask = shift_mask(grid, window_size, shift).to(bias_table.device)
+    return bias_table[position_index].permute(2, 0, 1), attn_mask
+
+
+def in_windows(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    qkv: Tensor,
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    num_heads: int,
+) -> Tensor:
+    """An attention of q, k and v (B G, h, N, D), done in the shifted windows of qkv (B, H, W, 3C): (B, H, W, C)."""
+    grid = tuple(qkv.shape[1:3])
     qkv = torch.roll(qkv, shifts=(-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else qkv
-    q, k, v = partition(qkv, window_size).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B G, h, N, D)
-    logits = _similarity(q, k, scale, logit_scale) + bias_table[position_index].permute(2, 0, 1)  # (B G, h, N, N)
-    if attn_mask is not None:
-        logits = (logits.unflatten(0, (-1, attn_mask.shape[0])) + attn_mask[:, None]).flatten(0, 1)
-    weights = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype)
-    out = reverse((weights @ v).transpose(1, 2).flatten(2), window_size, grid)  # (B, H, W, C)
-    out = torch.roll(out, shifts=shift, dims=(1, 2)) if any(shift) else out
-    out = out[:, :height, :width]
-    if queries is None:
-        return out
-    return out.flatten(1, 2).gather(1, queries.long()[..., None].expand(-1, -1, out.shape[-1]))
+    q, k, v = partition(qkv, window_size).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    out = reverse(attend(q, k, v).transpose(1, 2).flatten(2), window_size, grid)
+    return torch.roll(out, shifts=shift, dims=(1, 2)) if any(shift) else out
+
+
+def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of logits (B G, h, N, N), with the mask (G, N, N) added to those of each image."""
+    if mask is not None:
+        logits = (logits.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
+    return logits.softmax(dim=-1)
+
+
+def _listed(out: Tensor, queries: Tensor) -> Tensor:
+    """The rows (B, K, C) of out (B, H W, C)."""
+    return out.gather(1, queries.long()[..., None].expand(-1, -1, out.shape[-1]))
 
 
 def _similarity(q: Tensor, k: Tensor, scale: float | None, logit_scale: Tensor | None) -> Tensor:
