@@ -23,7 +23,9 @@ from simmim_fast.models.recompute import (
     NormMlp,
     cast_together,
     gelu_backend,
+    has_hooks,
     is_plain,
+    is_plain_norm,
     norm_backend,
 )
 from simmim_fast.ops import bias_gelu, masked_patch_embed, residual_layer_norm, substitute_mask_tokens
@@ -157,7 +159,8 @@ class PatchEmbed(nn.Module):
         """
         check_images(images, self.in_chans, self.img_size)
         check_mask(mask, images.shape[0], self.grid)
-        if backend == "reference" or not isinstance(self.norm, nn.LayerNorm | None):
+        is_fused = is_plain(self.proj, nn.Conv2d) and (self.norm is None or is_plain_norm(self.norm))
+        if backend == "reference" or not is_fused:
             return substitute_mask_tokens(self(images), mask, mask_token, pos_embed, backend=backend)
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
         options = {"visible": visible, "backend": backend}
@@ -230,14 +233,13 @@ class Mlp(nn.Module):
 
     def backend_to_recompute(self, fc1: Affine | None) -> str | None:
         """The backend where the whole MLP is computed again; else None, and the module is to be called."""
-        has_hooks = len(self._forward_hooks) + len(self._forward_pre_hooks) > 0
-        if fc1 is None or self.recompute != "mlp" or self._drops_hidden or has_hooks:
+        if fc1 is None or self.recompute != "mlp" or self._drops_hidden:
             return None
         return gelu_backend(fc1.weight, self.backend)
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a block's linear layers, all None where the layers must be called as modules.
+    """The parameters of a block's linear layers, all None where attention, MLP and layers are called as modules.
 
     The bias of `fc1` is not among them: it goes into the GELU.
     """
@@ -251,7 +253,7 @@ class BlockWeights(NamedTuple):
 def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights:
     """The parameters of a block's layers, cast together under autocast."""
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-    if attn.backend == "reference" or not all(map(is_plain, layers)):
+    if attn.backend == "reference" or has_hooks(attn) or has_hooks(mlp) or not all(map(is_plain, layers)):
         return BlockWeights()
     parameters = (*(layer.weight for layer in layers), attn.proj.bias, mlp.fc2.bias, *attn.qkv_biases())
     qkv, proj, fc1, fc2, proj_bias, fc2_bias, *qkv_biases = cast_together(parameters)
@@ -320,24 +322,28 @@ class Stream(NamedTuple):
             branch = branch * self.keep.view(-1, *[1] * (branch.dim() - 1))
         return self.x + branch
 
-    def normalise(self, norm: nn.LayerNorm, backend: str) -> tuple[Tensor, Tensor]:
-        """The stream with its branch, and its LayerNorm."""
+    def normalise(self, norm: nn.Module, backend: str) -> tuple[Tensor, Tensor]:
+        """The stream with its branch, and its norm: in one pass where it is a plain LayerNorm."""
+        if not is_plain_norm(norm):
+            y = self.add()
+            return y, norm(y)
         parameters = (norm.weight, norm.bias, norm.eps)
         return residual_layer_norm(self.x, self.branch, *parameters, gamma=self.gamma, keep=self.keep, backend=backend)
 
     def normalise_into(
-        self, norm: nn.LayerNorm, layer: Affine | None, backend: str, recompute: str, store_sum: bool = True
+        self, norm: nn.Module, layer: Affine | None, backend: str, recompute: str, store_sum: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The stream with its branch, and the product of its LayerNorm.
 
         Args:
-            norm: The LayerNorm.
+            norm: Of the channels.
             layer: Parameters of the product; None for the LayerNorm itself.
             backend: Of the norm.
             recompute: Whether the backward computes the norm again, unless "none".
             store_sum: Whether the backward keeps the sum for it; else x and branch, which others keep anyway.
         """
-        chosen = None if layer is None or recompute == "none" else norm_backend(self.x, self.branch, backend)
+        stores = layer is None or recompute == "none" or not is_plain_norm(norm)
+        chosen = None if stores else norm_backend(self.x, self.branch, backend)
         if chosen is None:
             y, normed = self.normalise(norm, backend)
             return y, normed if layer is None else layer.product(normed)
@@ -345,11 +351,11 @@ class Stream(NamedTuple):
         return NormLinear.apply(*self._scaled, norm.weight, norm.bias, *layer, *options)
 
     def through_mlp(
-        self, norm: nn.LayerNorm, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
+        self, norm: nn.Module, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The stream with its branch, and what the MLP makes of its LayerNorm; the rest as in `normalise_into`."""
         gelu = mlp.backend_to_recompute(weights.fc1)
-        chosen = None if gelu is None else norm_backend(self.x, self.branch, backend)
+        chosen = None if gelu is None or not is_plain_norm(norm) else norm_backend(self.x, self.branch, backend)
         if chosen is None:
             y, hidden = self.normalise_into(norm, weights.fc1, backend, mlp.recompute, store_sum)
             return y, mlp(hidden, weights.fc2)
@@ -378,11 +384,6 @@ def apply_mlp(x: Tensor, mlp: Mlp, weights: BlockWeights) -> Tensor:
         return mlp(x if fc1 is None else fc1.product(x), weights.fc2)
     hidden = (fc1.weight, fc1.stored, mlp.fc1.bias)
     return mlp.drop(LinearGeluLinear.apply(x.to(fc1.weight.dtype), *hidden, *weights.fc2, backend))
-
-
-def is_fused(backend: str, *norms: nn.Module) -> bool:
-    """Whether blocks hand on a `Stream`: all but the reference do, where the norms are LayerNorms with parameters."""
-    return backend != "reference" and all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

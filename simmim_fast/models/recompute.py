@@ -48,10 +48,20 @@ class Affine(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's parameters may stand for it: it is PyTorch's own linear layer, unsharded and without hooks."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and not any(map(len, hooks)) and not is_traceable_wrapper_subclass(layer.weight)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches what goes into the module, or comes out of it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(len, hooks))
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module's parameters may stand for it: it is PyTorch's own, unsharded and without hooks."""
+    return type(module) is kind and not has_hooks(module) and not is_traceable_wrapper_subclass(module.weight)
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """The same of a LayerNorm, which must have both parameters."""
+    return is_plain(norm, nn.LayerNorm) and norm.bias is not None
 
 
 def norm_backend(x: Tensor, delta: Tensor | None, backend: str) -> str | None:
@@ -85,11 +95,16 @@ class _CastTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return tuple(_copies(tensors, [dtype] * len(tensors)))
+        ctx.set_materialize_grads(False)
+        copies = _copies(tensors, [dtype] * len(tensors))
+        ctx.mark_non_differentiable(*(c for c, t in zip(copies, tensors, strict=True) if not t.requires_grad))
+        return tuple(copies)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_copies(gradients, ctx.dtypes)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [(grad, dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True) if grad is not None]
+        cast = iter(_copies(*zip(*given, strict=True)) if given else ())
+        return None, *(None if grad is None else next(cast) for grad in gradients)
 
 
 def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -117,21 +132,15 @@ class NormLinear(torch.autograd.Function):
         backend: str,
         store_sum: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, *statistics = _normalise(
-            x, delta, norm_weight, norm_bias, gamma, keep, eps, backend, norm_dtype(x, delta)
-        )
-        y = x.view_as(x) if delta is None else y
-        ctx.set_materialize_grads(False)  # of y, where nobody uses it
-        ctx.backend = backend
-        ctx.adds_delta = delta is not None and not store_sum
-        ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
-        source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
-        ctx.save_for_backward(source, added, norm_weight, norm_bias, gamma, keep, *statistics, _or(stored, weight))
+        stream = (x, delta, gamma, keep, norm_weight, norm_bias)
+        y, normed, norm, statistics = _normed(ctx, *stream, eps, backend, store_sum)
+        ctx.save_for_backward(*norm, *statistics, _or(stored, weight))
         return y, F.linear(normed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *kept, weight = ctx.saved_tensors
+        grad_out = _or_zeros(grad_out, grad_y, weight, ctx.norm_dtype)
         needed, grad_normed = ctx.needs_input_grad[6:8], grad_out @ weight.to(grad_out.dtype)
         gradients, normed = _norm_gradients(
             ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, needed[0]
@@ -214,15 +223,10 @@ class NormMlp(torch.autograd.Function):
         gelu_backend: str,
         store_sum: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, *_ = _normalise(x, delta, norm_weight, norm_bias, gamma, keep, eps, backend, norm_dtype(x, delta))
-        y = x.view_as(x) if delta is None else y
-        ctx.set_materialize_grads(False)  # of y, where nobody uses it
-        ctx.eps, ctx.backend, ctx.gelu_backend, ctx.norm_dtype = eps, backend, gelu_backend, normed.dtype
-        ctx.adds_delta = delta is not None and not store_sum
-        ctx.dtypes = _dtypes_if((x, delta, norm_weight, norm_bias, gamma), ctx.needs_input_grad, _NORM)
+        stream = (x, delta, gamma, keep, norm_weight, norm_bias)
+        y, normed, norm, _ = _normed(ctx, *stream, eps, backend, store_sum)
+        ctx.eps, ctx.gelu_backend = eps, gelu_backend
         ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[8] else None
-        source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
-        norm = (source, added, norm_weight, norm_bias, gamma, keep)
         ctx.save_for_backward(*norm, _or(stored_hidden, hidden_weight), hidden_bias, _or(stored, weight))
         activated = _operator("bias_gelu", gelu_backend)(F.linear(normed, hidden_weight), hidden_bias)
         return y, F.linear(activated, weight, bias)
@@ -230,6 +234,7 @@ class NormMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         source, delta, norm_weight, norm_bias, gamma, keep, *parameters = ctx.saved_tensors
+        grad_out = _or_zeros(grad_out, grad_y, parameters[-1], ctx.norm_dtype)
         branch = (delta, norm_weight, norm_bias, gamma, keep)
         plain = branch if ctx.adds_delta else (None, norm_weight, norm_bias, None, None)
         _, normed, *statistics = _normalise(source, *plain, ctx.eps, ctx.backend, ctx.norm_dtype)
@@ -257,6 +262,34 @@ def _dtypes_if(
     """Of each tensor that needs a gradient its dtype; `indices` say where `needed` has them."""
     indices = range(len(tensors)) if indices is None else indices
     return tuple(t.dtype if needed[i] else None for t, i in zip(tensors, indices, strict=True))
+
+
+def _or_zeros(grad_out: Tensor | None, grad_y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a product (B, ..., D) that nobody may have used; y then was, (B, ..., C)."""
+    return grad_y.new_zeros((*grad_y.shape[:-1], len(weight)), dtype=dtype) if grad_out is None else grad_out
+
+
+def _normed(
+    ctx: Any,
+    x: Tensor,
+    delta: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    backend: str,
+    store_sum: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], list[Tensor]]:
+    """y, LN(y), what the backward has the norm from, and its statistics; the rest of what it asks goes into `ctx`."""
+    ctx.backend, ctx.norm_dtype = backend, norm_dtype(x, delta)
+    y, normed, *statistics = _normalise(x, delta, weight, bias, gamma, keep, eps, backend, ctx.norm_dtype)
+    y = x.view_as(x) if delta is None else y
+    ctx.set_materialize_grads(False)  # of y, where nobody uses it
+    ctx.adds_delta = delta is not None and not store_sum
+    ctx.dtypes = _dtypes_if((x, delta, weight, bias, gamma), ctx.needs_input_grad, _NORM)
+    source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
+    return y, normed, (source, added, weight, bias, gamma, keep), statistics
 
 
 def _normalise(

@@ -25,7 +25,6 @@ from simmim_fast.models.layers import (
     check_encoder_arguments,
     check_image_size,
     init_linear_and_norm,
-    is_fused,
     join_biases,
     select_tokens,
     stochastic_depth_rates,
@@ -222,7 +221,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_neighbours(x)
-        if not is_fused(self.backend, self.norm):
+        if self.backend == "reference":
             return self.reduction(self.norm(x))
         if not is_plain(self.reduction):
             return self.reduction(Stream(x).normalise(self.norm, self.backend)[1])
@@ -349,7 +348,7 @@ class SwinTransformer(nn.Module):
             block["qk_scale"] = qk_scale
         self.layers = self._build_stages(depths, num_heads, drop_path_rate, use_checkpoint, block)
         self.norm = norm_layer(self.num_features)
-        self.hands_on_streams = self.block_layer.takes_streams and is_fused(backend, self.norm)
+        self.hands_on_streams = self.block_layer.takes_streams and backend != "reference"
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_linear_and_norm)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import NormLayer, apply_mlp, block_weights, is_fused, join_biases, select_tokens
-from simmim_fast.models.recompute import Affine
+from simmim_fast.models.layers import NormLayer, apply_mlp, block_weights, join_biases, select_tokens
+from simmim_fast.models.recompute import Affine, is_plain_norm
 from simmim_fast.models.swin import (
     AttentionInWindows,
     MaskedSwin,
@@ -118,7 +118,7 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         """x + LN(branch), all (B, ..., C), with stochastic depth."""
-        if not is_fused(self.attn.backend, norm):
+        if self.attn.backend == "reference" or not is_plain_norm(norm):
             return x + self.drop_path(norm(branch))
         form = {"keep": self.drop_path.keep(branch), "norm": "delta", "backend": self.attn.backend}
         return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **form)

@@ -23,7 +23,6 @@ from simmim_fast.models.layers import (
     block_weights,
     check_encoder_arguments,
     check_image_size,
-    is_fused,
     join_biases,
     select_tokens,
     stochastic_depth_rates,
@@ -272,12 +271,10 @@ class VisionTransformer(nn.Module):
         block = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "init_values": init_values, "norm_layer": norm_layer}
         block |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "attn_drop": attn_drop_rate}
         block |= {"backend": backend, "recompute": recompute, "window_size": grid if use_rel_pos_bias else None}
-        blocks = (
-            Block(embed_dim, num_heads, drop_path=p, **block) for p in stochastic_depth_rates(drop_path_rate, depth)
-        )
-        self.blocks = nn.ModuleList(blocks)
+        rates = stochastic_depth_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **block) for rate in rates)
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
-        self.hands_on_streams = all(is_fused(backend, block.norm1, block.norm2) for block in self.blocks)
+        self.hands_on_streams = backend != "reference"
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.reset_parameters(init_scale)
@@ -326,9 +323,7 @@ class VisionTransformer(nn.Module):
         x = Stream(x) if self.hands_on_streams else x
         for block in self.blocks:
             x = block(x, shared_bias, tokens if block is self.blocks[-1] else None)
-        if not isinstance(x, Stream):
-            return self.norm(x)
-        return x.normalise(self.norm, self.backend)[1] if isinstance(self.norm, nn.LayerNorm) else self.norm(x.add())
+        return x.normalise(self.norm, self.backend)[1] if isinstance(x, Stream) else self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to what the head reads: (B, C)."""

@@ -11,7 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim_fast import MaskGenerator, SimMIM, create_model
-from simmim_fast.models.recompute import RECOMPUTE, is_plain
+from simmim_fast.models.layers import Stream, block_weights
+from simmim_fast.models.recompute import RECOMPUTE, cast_together, is_plain
+from simmim_fast.testing.rules import relative_error
 
 SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "qkv_bias": True, "use_mean_pooling": False}
@@ -176,6 +178,76 @@ def test_calls_layers_of_another_kind() -> None:
 
     expected = train(double(build("vit", backend="reference")), *batch("vit"))
     assert_close(train(double(build("vit")), *batch("vit")), expected, 1e-4)
+
+
+class DoubledNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@every_encoder
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("norm_layer", [DoubledNorm, nn.RMSNorm], ids=["subclass", "rms"])
+def test_calls_norms_of_another_kind(encoder: str, recompute: str, norm_layer: type[nn.Module]) -> None:
+    images, mask = batch(encoder)
+    reference = build(encoder, backend="reference", norm_layer=norm_layer).double()
+    model = build(encoder, recompute=recompute, norm_layer=norm_layer).double()
+    assert_close(train(model, images.double(), mask), train(reference, images.double(), mask), 1e-12)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_who_watches_a_block_sees_what_the_plain_one_shows(encoder: str, recompute: str) -> None:
+    def watch(model: SimMIM) -> dict[str, tuple[Tensor, Tensor]]:
+        seen = {}
+        block = model.encoder.blocks[0] if encoder == "vit" else model.encoder.layers[0].blocks[0]
+        names = ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc2")
+        for name in names:
+            block.get_submodule(name).register_forward_hook(
+                lambda _, args, out, name=name: seen.update({name: (args[0].detach(), out.detach())})
+            )
+        train(model.double(), *(t.double() if t.is_floating_point() else t for t in batch(encoder)))
+        return seen
+
+    expected, seen = watch(build(encoder, backend="reference")), watch(build(encoder, recompute=recompute))
+    assert seen.keys() == expected.keys() >= {"norm1", "attn", "norm2", "mlp"}
+    for name, tensors in seen.items():
+        for actual, value in zip(tensors, expected[name], strict=True):
+            assert relative_error(actual, value) < 1e-12, name
+
+
+@pytest.mark.parametrize("name", ["attn", "mlp", "norm2"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_backward_hooks_are_called(recompute: str, name: str) -> None:
+    called = []
+    model = build("vit", recompute=recompute)
+    model.encoder.blocks[0].get_submodule(name).register_full_backward_hook(lambda *_: called.append(name))
+    train(model, *batch("vit"))
+    assert called == [name]
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["stream", "stream-and-branch"])
+@recomputing
+def test_a_stream_alone_has_gradients(recompute: str, delta: bool) -> None:
+    block = build("vit", recompute=recompute).encoder.blocks[0]
+    x, branch = (torch.randn(2, 17, 32, requires_grad=True) for _ in range(2))
+    stream = Stream(x, branch if delta else None)
+    weights = block_weights(block.attn, block.mlp)
+    for y, _ in (
+        stream.normalise_into(block.norm1, weights.qkv, "native", recompute),
+        stream.through_mlp(block.norm2, block.mlp, weights, "native"),
+    ):
+        gradients = torch.autograd.grad(y, [x, branch][: 1 + delta], torch.ones_like(y))
+        assert all(torch.equal(gradient, torch.ones_like(x)) for gradient in gradients)
+
+
+def test_casts_frozen_weights_without_gradients() -> None:
+    frozen, trained = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = cast_together([frozen, trained])
+    assert [tensor.requires_grad for tensor in cast] == [False, True]
+    sum(cast).sum().backward()
+    assert torch.equal(trained.grad, torch.ones(3))
 
 
 @pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
