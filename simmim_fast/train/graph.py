@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ class GraphedStep:
 
     Args:
         model: Called as `model(images, mask)`; returns the mean over the masked pixels and channels, on one device.
-        optimizer: Built with `fused=True`.
+        optimizer: Adam, AdamW, SGD or Adagrad of torch, built with `fused=True`.
         clip_grad: Largest norm of the whole gradient; None does not clip.
         precision: "bf16" runs the model under bfloat16 autocast, "fp32" does not.
         eager_calls: Calls before the recording, at least 1.
@@ -66,9 +67,12 @@ class GraphedStep:
         self.eager_calls = eager_calls
         self.device = optimizer.param_groups[0]["params"][0].device
         self._update = partial(train_step, model, optimizer, clip_grad=clip_grad, bf16=precision == "bf16")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._layout: Layout | None = None
         self._forget()
-        optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
+        forget = weakref.WeakMethod(self._forget)  # or the optimizer would keep the recording alive
+        hook = optimizer.register_load_state_dict_post_hook(lambda _: forget()())
+        weakref.finalize(self, hook.remove)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """One update.
@@ -87,11 +91,11 @@ class GraphedStep:
         if not self._is_recorded():
             outputs = self._update(_pairs([tensor.to(self.device) for tensor in inputs]))
         elif self._calls < self.eager_calls:
-            with _beside(self.device):
+            with _beside(self._stream):
                 outputs = self._update(_pairs([tensor.to(self.device, non_blocking=True) for tensor in inputs]))
         else:
             if self._recording is None:
-                self._recording = Recording(self._update, self.optimizer, inputs, self.device)
+                self._recording = Recording(self._update, self.optimizer, inputs, self._stream)
             outputs = self._recording.replay(inputs)
         self._calls += 1
         self._layout = layout
@@ -120,13 +124,24 @@ class Recording:
         update: Makes the update of a list of micro-batches.
         optimizer: Whose rates are read from tensors from here on.
         inputs: Images and mask of every micro-batch in turn; only shapes and dtypes count.
-        device: That of the parameters.
+        stream: That records, on the parameters' device.
+
+    Raises:
+        Exception: What the update raises where it cannot be recorded; the optimizer is then as before.
     """
 
     def __init__(
-        self, update: Update, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], device: torch.device
+        self,
+        update: Update,
+        optimizer: torch.optim.Optimizer,
+        inputs: tuple[Tensor, ...],
+        stream: torch.cuda.Stream | None,
     ) -> None:
-        self._optimizer = optimizer
+        device = optimizer.param_groups[0]["params"][0].device
+        before = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        self._optimizer, self._stream = optimizer, stream
         self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._hand_over_rates()
@@ -134,7 +149,12 @@ class Recording:
             if "capturable" in group:
                 group["capturable"] = True
         optimizer.zero_grad(set_to_none=True)  # the gradients' memory is the recording's
-        self._capture(partial(update, _pairs(self._inputs)))
+        try:
+            self._capture(partial(update, _pairs(self._inputs)))
+        except BaseException:
+            for group, settings in zip(optimizer.param_groups, before, strict=True):
+                group.update(settings)
+            raise
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The update of these inputs, at the rates that the optimizer's groups hold now."""
@@ -147,7 +167,8 @@ class Recording:
     def _capture(self, update: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # Threads of a data loader may go on using CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        options = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self._stream.device), torch.cuda.graph(self._graph, **options):
             self._outputs = update()
 
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -163,20 +184,20 @@ class Recording:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own, as torch asks of what runs before a recording."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On the stream that will record, as torch asks of what runs before."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
 
 
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not is_fused_optimizer(optimizer):
-        raise ValueError(f"optimizer must be built with fused=True, got {type(optimizer).__name__} without it")
+        raise ValueError(f"optimizer must be one of torch's, built with fused=True; got {type(optimizer).__name__}")
     if any(group.get("dampening", 0) and group["momentum"] for group in optimizer.param_groups):
         raise ValueError("optimizer must have no dampening: its first update cannot be left out where it is not finite")
 

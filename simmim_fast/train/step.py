@@ -11,6 +11,8 @@ from simmim_fast.train.stream import MicroBatch
 
 # The loss divides by the number of masked pixels plus this (official models/simmim.py).
 LOSS_EPS = 1e-5
+# With a fused form; AdamW is an Adam.
+FUSED = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
 
 
 def train_step(
@@ -55,8 +57,8 @@ def train_step(
 
 
 def is_fused_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer updates a device's parameters in one kernel, which can be told there to leave them."""
-    return all(group.get("fused") for group in optimizer.param_groups)
+    """Whether it is one of torch's in its fused form, whose kernel can be told on the device to leave all as it is."""
+    return isinstance(optimizer, FUSED) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _step_where_finite(optimizer: torch.optim.Optimizer, *scalars: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 from itertools import chain
 
@@ -58,7 +60,7 @@ def recording(monkeypatch):
     """Takes the CPU for a device that records."""
     monkeypatch.setattr(Rerun, "made", 0)
     monkeypatch.setattr(graph, "Recording", Rerun)
-    monkeypatch.setattr(graph, "_beside", lambda device: nullcontext())
+    monkeypatch.setattr(graph, "_beside", lambda stream: nullcontext())
     monkeypatch.setattr(GraphedStep, "_is_recorded", lambda self: True)
     return Rerun
 
@@ -140,6 +142,42 @@ def test_returned_numbers_are_not_overwritten(recording):
     assert len({scalar.data_ptr() for scalar in scalars}) == 3
 
 
+def test_a_failed_recording_leaves_the_optimizer_as_it_was(recording, monkeypatch):
+    def fail(self, update):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, optimizer = start()
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    first, second = batches(2)
+    step(*first)
+    before = [{**group, "params": None} for group in optimizer.param_groups]
+    monkeypatch.setattr(recording, "_capture", fail)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step(*second)
+    assert [{**group, "params": None} for group in optimizer.param_groups] == before
+    train_step(model, optimizer, [second])
+
+
+def test_an_optimizer_does_not_keep_it_alive(recording):
+    model, optimizer = start()
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    for batch in batches(2):
+        step(*batch)
+    alive = weakref.ref(step)
+    del step
+    gc.collect()
+    assert alive() is None
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_foreign_optimizer_may_not_say_that_it_is_fused():
+    class Foreign(torch.optim.Optimizer):
+        pass
+
+    with pytest.raises(ValueError, match="must be one of torch's"):
+        GraphedStep(start()[0], Foreign([torch.nn.Parameter(torch.ones(1))], {"fused": True}))
+
+
 def test_is_a_public_name():
     assert simmim_fast.GraphedStep is GraphedStep
     with pytest.raises(AttributeError, match="no attribute 'GraphStep'"):
@@ -164,7 +202,7 @@ def test_refuses_optimizers_that_cannot_leave_an_update_out():
     model, _ = start()
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got SimMIM"):
         GraphedStep(model, model)
-    with pytest.raises(ValueError, match="optimizer must be built with fused=True, got AdamW without it"):
+    with pytest.raises(ValueError, match="optimizer must be one of torch's, built with fused=True; got AdamW"):
         GraphedStep(model, torch.optim.AdamW(model.parameters()))
     sgd = torch.optim.SGD(model.parameters(), momentum=0.9, dampening=0.1, fused=True)
     with pytest.raises(ValueError, match="optimizer must have no dampening"):
