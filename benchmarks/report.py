@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import measured, ops, plots, tables
+from benchmarks import aims, measured, ops, plots, tables
 from benchmarks.results import RESULTS, ROOT, read_rows
 from benchmarks.tables import Row
 
-FILES = ("step", "ops", "parity", "loader")
+FILES = ("step", "ops", "parity", "loader", "traffic")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 FIGURES = Path("docs/figures")
 _SECTION = "<!-- {name}: made by python -m benchmarks.report -->\n{text}<!-- end of {name} -->"
@@ -58,6 +58,7 @@ def sections(rows: Sequence[Row], pictures: Iterable[str]) -> dict[str, str]:
         "parity": _by_device(rows, tables.parity_table, "parity", pictures),
         "first screen": _by_device(rows, tables.first_screen),
         "loader": list(tables.loader_table(rows)),
+        "aims": list(aims.aims_table(rows)),
         "roofline": [
             line
             for device, title in DEVICES.items()

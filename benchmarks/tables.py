@@ -11,21 +11,22 @@ from benchmarks.trainees import FAST
 
 Row = Mapping[str, Any]
 ABSENT = "Not measured yet."
+HOW_OFTEN = ("contestants", "pairs", "rounds")  # arguments that make no other measurement
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 # Whom the README's one table names, ours aside.
 OPPONENTS = ("reference", "compiled", "max_autotune", "sdpa", "sdpa_compiled", "flex", "hf_sdpa", "hf_compiled", "timm")
 
 
 def latest(rows: Iterable[Row], benchmark: str, device: str | None = None) -> list[Row]:
-    """The last row of each set of arguments and contestant, without those on another device.
+    """The last row of each case, set of arguments and contestant, without those on another device.
 
-    Whom a contestant was raced against, and for how many steps, makes no other measurement of it.
+    Whom a contestant was raced against, and how often, makes no other measurement of it.
     """
     kept = {}
     for row in rows:
         if row["benchmark"] == benchmark and device in (None, row["arguments"].get("device")):
-            named = {name: value for name, value in row["arguments"].items() if name not in ("contestants", "pairs")}
-            key = json.dumps([named, row.get("contestant")], sort_keys=True)
+            named = {name: value for name, value in row["arguments"].items() if name not in HOW_OFTEN}
+            key = json.dumps([row.get("op"), row.get("case"), named, row.get("contestant")], sort_keys=True)
             kept.pop(key, None)
             kept[key] = row
     return list(kept.values())

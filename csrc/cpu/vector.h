@@ -1,5 +1,5 @@
 // Vectors of the widest registers that the including file is compiled for, as GCC vector extensions.
-// Included inside one file per SIMD level, after its #pragma GCC target: everything here lives in that level's
+// Included inside one file per SIMD level, compiled with that level's flags: everything here lives in its
 // namespace.
 
 #pragma once

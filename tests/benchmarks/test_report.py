@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measured, report, tables
+from benchmarks import aims, measured, report, tables
 from benchmarks.results import ROOT
 from tests.benchmarks.made_rows import CONDITIONS, op_row, rows, step_row
 
@@ -117,3 +117,34 @@ def test_what_chooses_nothing() -> None:
     assert choices(op_row("native", 10.0), op_row("triton", 20.0, conditions=dirty)) == {}
     assert choices(op_row("native", 10.0), op_row("triton", 20.0, case="vit")) == {}
     assert choices(op_row("native", 10.0, "cpu"), op_row("triton", 20.0, "cpu")) == {}
+
+
+def test_aims_are_held_against_the_latest_rows() -> None:
+    def op(faster: dict[str, float], rounds: int) -> dict[str, Any]:
+        given = {"dtype": "fp32", "device": "cpu", "rounds": rounds}
+        return op_row("native", 100.0, "cpu", "vit", op="masked_l1_loss", arguments=given, times_faster_than=faster)
+
+    def step(model: str, ratio: float) -> dict[str, Any]:
+        return step_row("cpu", "fast", 1.0, {"reference": ratio}, model=model, dtype="fp32")
+
+    def traffic(backend: str, batch: int, megabytes: float, saved: float) -> dict[str, Any]:
+        arguments = {
+            "model": "vit_base_224",
+            "backend": backend,
+            "batch": batch,
+            "dtype": "bf16",
+            "drop_path_rate": None,
+        }
+        counts = {"bytes": megabytes * 16e6, "calls": 451, "saved_bytes": saved}
+        return {"benchmark": "traffic", "arguments": arguments, **counts}
+
+    made = [op({"eager": 4.0, "compiled": 1.0}, 3), op({"eager": 4.0, "compiled": 3.0}, 4)]
+    made += [step("swin_base_192", 1.29), step("swin_tiny_192", 0.5)]
+    made += [traffic("auto", 16, 620.0, 1.0), traffic("auto", 8, 1.0, 59.0), traffic("reference", 8, 1.0, 100.0)]
+    assert list(aims.aims_table(made))[2:-1] == [
+        "| step of swin_base_192 on the CPU, fp32, batch 8 | ≥ 1.3× | 1.29× | missed |",
+        "| traffic of vit_base_224 per image, bf16, batch 16 | ≤ 620 MB | 620 MB | met |",
+        "| calls of vit_base_224, bf16 | ≤ 450 | 451 | missed |",
+        "| saved for backward by vit_base_224, bf16, batch 8, of the reference's | ≤ 0.6× | 0.59× | met |",
+        "| masked_l1_loss, vit, fp32, on the CPU | ≥ 3× | 3.00× | met |",
+    ]
