@@ -32,12 +32,14 @@ class Case:
         name: Which model, and where in it.
         draw: (batch, dtype, device, seed) -> arguments of the op by name.
         wanted: Arguments that get a gradient, where they are not None.
+        least: A case of the same results that takes less work, by which the limit of this one is reckoned.
     """
 
     op: str
     name: str
     draw: Callable[[int, torch.dtype, str, int], Inputs]
     wanted: tuple[str, ...]
+    least: Case | None = None
 
     def inputs(self, batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         """Arguments by name, random; those that get a gradient ask for it."""
@@ -129,7 +131,8 @@ def _linear_masked_loss(masks: MaskGenerator, depth: int, listed: bool) -> Case:
         return inputs | {"mask": mask, "tokens": tokens}
 
     name = _model(masks) + (" listed" if listed else "")
-    return Case("linear_masked_loss", name, draw, ("features", "weight", "bias"))
+    least = None if listed else _linear_masked_loss(masks, depth, listed=True)
+    return Case("linear_masked_loss", name, draw, ("features", "weight", "bias"), least)
 
 
 def _shifted_window_attention(model: str, grid: int, heads: int, window: int, shift: int, cosine: bool = False) -> Case:

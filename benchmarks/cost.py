@@ -47,8 +47,8 @@ def operator_calls(case: Case, batch: int, dtype: torch.dtype) -> tuple[Call, Ca
 
 
 def cost(case: Case, batch: int, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(bytes, FLOPs) of the forward and of the backward, as the op registers them for CUDA."""
-    forward, backward = operator_calls(case, batch, dtype)
+    """(bytes, FLOPs) that a case's results take, forward and backward, as the op registers them for CUDA."""
+    forward, backward = operator_calls(case.least or case, batch, dtype)
     return tuple((sum(bytes_moved(operator, *args)), flops(operator, *args)) for operator, args in (forward, backward))
 
 

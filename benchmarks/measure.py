@@ -19,7 +19,7 @@ ROTATION = 4  # sets of inputs that take turns, so that a cache does not flatter
 # Of the machine's own rates: sides of the square matrices, MiB that are copied, and how often.
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1536}
 COPIED_MIB = {"cuda": 2048, "cpu": 256}
-RATE_CALLS = 7
+RATE_CALLS = 30  # a second or two of a CPU: what disturbs a machine for a moment is outlasted
 
 
 class Absent(Exception):

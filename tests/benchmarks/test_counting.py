@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.cases import Case
-from benchmarks.cost import cost
+from benchmarks.cases import CASES, Case
+from benchmarks.cost import cost, operator_calls
 from benchmarks.counting import Traffic, count, hollow, no_data
 from simmim_fast import ops
-from simmim_fast.ops import OPS
+from simmim_fast.ops import OPS, flops
 from simmim_fast.testing import differentiable, small_inputs
 
 BATCH, WIDE, NARROW = 4, 8, 3
@@ -129,3 +129,11 @@ def test_the_lower_bound_takes_each_call_at_its_own_limit() -> None:
     product, rest = traffic.of("aten.mm"), traffic.nbytes - traffic.of("aten.mm").nbytes
     assert traffic.seconds(peak=1.0, bandwidth=1e9) == pytest.approx(product.flops + rest / 1e9)
     assert traffic.seconds(peak=1e12, bandwidth=1.0) == pytest.approx(traffic.nbytes)
+
+
+def test_a_limit_is_that_of_the_least_work_with_the_same_results() -> None:
+    cases = CASES["linear_masked_loss"]
+    for model in ("swin_base_192", "vit_base_224"):
+        assert cost(cases[model], 2, torch.float32) == cost(cases[f"{model} listed"], 2, torch.float32)
+        forward, backward = operator_calls(cases[model], 2, torch.float32)
+        assert flops(forward[0], *forward[1]) > cost(cases[model], 2, torch.float32)[0][1]
