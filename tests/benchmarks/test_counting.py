@@ -135,5 +135,5 @@ def test_a_limit_is_that_of_the_least_work_with_the_same_results() -> None:
     cases = CASES["linear_masked_loss"]
     for model in ("swin_base_192", "vit_base_224"):
         assert cost(cases[model], 2, torch.float32) == cost(cases[f"{model} listed"], 2, torch.float32)
-        forward, backward = operator_calls(cases[model], 2, torch.float32)
+        forward, _ = operator_calls(cases[model], 2, torch.float32)
         assert flops(forward[0], *forward[1]) > cost(cases[model], 2, torch.float32)[0][1]
