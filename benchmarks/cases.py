@@ -69,17 +69,19 @@ def _substitute_mask_tokens(masks: MaskGenerator, channels: int) -> Case:
     return Case("substitute_mask_tokens", _model(masks), draw, ("x", "mask_token"))
 
 
-def _masked_patch_embed(masks: MaskGenerator, channels: int, norm: bool) -> Case:
+def _masked_patch_embed(masks: MaskGenerator, channels: int, norm: bool, listed: bool = False) -> Case:
     def draw(batch: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
         mask, patch = _masks(masks, batch, device, seed), masks.model_patch_size
         shape = (*mask.shape, 3, patch, channels)
         inputs = testing.masked_patch_embed_inputs(
             shape, dtype, norm=norm, pos_embed=not norm, device=device, seed=seed
         )
-        return inputs | {"mask": mask}
+        visible = token_index(~mask, masks.counts[0]) if listed else None
+        return inputs | {"mask": mask, "visible": visible}
 
     wanted = ("weight", "bias", "norm_weight", "norm_bias", "mask_token", "pos_embed")
-    return Case("masked_patch_embed", _model(masks), draw, wanted)
+    least = None if listed else _masked_patch_embed(masks, channels, norm, listed=True)
+    return Case("masked_patch_embed", _model(masks), draw, wanted, least)
 
 
 def _bias_gelu(model: str, tokens: tuple[int, ...], channels: int) -> Case:

@@ -241,6 +241,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     gate.require(gate.of_ops(options.op), options.device, options.tests)
+    for dtype in options.dtype:  # the machine's own rates, before compilers keep it busy
+        matrix_rate(DTYPES[dtype], options.device)
+    copy_rate(options.device)
     for op, dtype in itertools.product(options.op, options.dtype):
         wanted = [name for name in options.contestants or names(op) if name in names(op)]
         for case in CASES[op].values():
