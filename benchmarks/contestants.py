@@ -51,13 +51,21 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def added_and_normalised(
-    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, keep: Tensor, norm: str
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor,
+    delta_bias: Tensor | None,
+    norm: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A residual branch by the operators of a model under autocast, which normalises in float32."""
 
     def normalised(value: Tensor) -> Tensor:
         return F.layer_norm(value.to(weight.dtype), value.shape[-1:], weight, bias)
 
+    delta = delta if delta_bias is None else delta + delta_bias.to(delta.dtype)
     kept = keep.view(-1, *[1] * (x.ndim - 1))
     if norm == "delta":
         return x + normalised(delta) * kept

@@ -64,11 +64,11 @@ T* mutable_data(const MaybeTensor& tensor) {
 // What both directions take beside activations, checked and in the dtype of the sums.
 struct Parameters {
   Tensor weight;
-  MaybeTensor gamma, keep;
+  MaybeTensor gamma, keep, delta_bias;
   int64_t channels, rows, rows_per_sample;
 
   Parameters(const Tensor& source, const Tensor& factor, const MaybeTensor& scale, const MaybeTensor& kept,
-             ScalarType sums) {
+             const MaybeTensor& shift, ScalarType sums) {
     check(source.dim() > 0 && source.size(-1) > 0, "x: expected (..., C) with C > 0, got ", shape_text(source.sizes()));
     channels = source.size(-1), rows = source.numel() / channels;
     const int64_t samples = source.dim() > 1 ? source.size(0) : 1;
@@ -76,13 +76,21 @@ struct Parameters {
     check_shape(factor, "weight", {channels});
     if (scale) check_shape(*scale, "gamma", {channels});
     if (kept) check_shape(*kept, "keep", {samples});
+    if (shift) check_shape(*shift, "delta_bias", {channels});
     weight = dense(factor, sums), gamma = dense_if(scale, sums), keep = dense_if(kept, sums);
+    delta_bias = dense_if(shift, sums);
   }
 
   template <typename Stream, typename Branch>
   Args<Stream, Branch> args() const {
     using Sum = Accumulator<Stream>;
-    return {weight.const_data_ptr<Sum>(), data<Sum>(gamma), data<Sum>(keep), rows, rows_per_sample, channels};
+    return {weight.const_data_ptr<Sum>(),
+            data<Sum>(gamma),
+            data<Sum>(keep),
+            data<Sum>(delta_bias),
+            rows,
+            rows_per_sample,
+            channels};
   }
 };
 
@@ -93,14 +101,14 @@ void check_like(const Tensor& other, std::initializer_list<std::pair<const char*
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const MaybeTensor& delta, const Tensor& weight,
                                                        const Tensor& bias, const MaybeTensor& gamma,
-                                                       const MaybeTensor& keep, double eps, bool norms_delta,
-                                                       ScalarType norm_dtype) {
+                                                       const MaybeTensor& keep, const MaybeTensor& delta_bias,
+                                                       double eps, bool norms_delta, ScalarType norm_dtype) {
   const ScalarType dtype = delta ? promote(x.scalar_type(), delta->scalar_type()) : x.scalar_type();
   const ScalarType sums = sum_dtype(dtype);
   const ScalarType branch = branch_dtype(dtype, {dtype_of(delta), norms_delta ? MaybeDtype() : norm_dtype});
-  const Parameters parameters(x, weight, gamma, keep, sums);
+  const Parameters parameters(x, weight, gamma, keep, delta_bias, sums);
   check_like(x, {{"delta", delta}});
-  check(delta || !norms_delta, "delta: expected where it is normalised");
+  check(delta || !(norms_delta || delta_bias), "delta: expected where it is normalised, or has a bias");
   check_shape(bias, "bias", {parameters.channels});
   const Tensor from = dense(x, dtype), offset = dense(bias, sums);
   const MaybeTensor added = dense_if(delta, branch);
@@ -160,15 +168,16 @@ class Results {
 };
 
 // With the bias, the norm is a result again. Where the source is x, to which delta is yet to be added, `adds_delta`.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_normed, const MaybeTensor& grad_stream, const Tensor& source, const MaybeTensor& delta,
     const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& keep,
-    const Tensor& mean, const Tensor& rstd, bool norms_delta, bool adds_delta, MaybeDtype x_dtype,
-    MaybeDtype delta_dtype, MaybeDtype weight_dtype, MaybeDtype bias_dtype, MaybeDtype gamma_dtype) {
+    const MaybeTensor& delta_bias, const Tensor& mean, const Tensor& rstd, bool norms_delta, bool adds_delta,
+    MaybeDtype x_dtype, MaybeDtype delta_dtype, MaybeDtype weight_dtype, MaybeDtype bias_dtype, MaybeDtype gamma_dtype,
+    MaybeDtype delta_bias_dtype) {
   const ScalarType dtype = (norms_delta ? grad_normed : source).scalar_type(), sums = sum_dtype(dtype);
   const ScalarType normed_dtype = (norms_delta ? source : grad_normed).scalar_type();
   const ScalarType branch = branch_dtype(dtype, {normed_dtype, dtype_of(delta), delta_dtype});
-  const Parameters parameters(source, weight, gamma, keep, sums);
+  const Parameters parameters(source, weight, gamma, keep, delta_bias, sums);
   check_like(source, {{"grad_normed", grad_normed}, {"grad_stream", grad_stream}, {"delta", delta}});
   check(delta || !(gamma_dtype || adds_delta), "delta: expected for the gradient of gamma, and to be added");
   check(!norms_delta || !(bias || adds_delta), "the norm of delta is no result, and delta is not added before it");
@@ -183,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const MaybeTensor grad_x = results.activation(x_dtype && !norms_delta, dtype);
   const MaybeTensor grad_delta = results.activation(bool(delta_dtype), branch);
   const MaybeTensor normed = results.activation(bool(bias), branch);
-  MaybeTensor weights, biases, gammas;
+  MaybeTensor weights, biases, gammas, shifts;
   dispatch(dtype, branch, [&](auto stream_type, auto branch_type) {
     using Stream = typename decltype(stream_type)::type;
     using Branch = typename decltype(branch_type)::type;
@@ -202,20 +211,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
                                       mutable_data<Branch>(normed),
                                       nullptr,
                                       nullptr,
+                                      nullptr,
                                       nullptr};
     weights = results.partials(bool(weight_dtype), args.chunks());
     biases = results.partials(bool(bias_dtype), args.chunks());
     gammas = results.partials(bool(gamma_dtype), args.chunks());
+    shifts = results.partials(bool(delta_bias_dtype), args.chunks());
     args.weight_partials = mutable_data<Sum>(weights);
     args.bias_partials = mutable_data<Sum>(biases);
     args.gamma_partials = mutable_data<Sum>(gammas);
+    args.delta_bias_partials = mutable_data<Sum>(shifts);
     const auto table = choose_kernels<Kernels<Stream, Branch>>();
     const auto kernel = norms_delta ? table.backward_norms_delta : table.backward;
     torch::stable::parallel_for(0, args.chunks(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
   return {results.finished(grad_x, x_dtype),     results.finished(grad_delta, delta_dtype),
           results.summed(weights, weight_dtype), results.summed(biases, bias_dtype),
-          results.summed(gammas, gamma_dtype),   results.finished(normed, normed_dtype)};
+          results.summed(gammas, gamma_dtype),   results.summed(shifts, delta_bias_dtype),
+          results.finished(normed, normed_dtype)};
 }
 
 }  // namespace

@@ -17,9 +17,10 @@ template <typename Stream, typename Branch>
 struct Args {
   using Sum = Accumulator<Stream>;
 
-  const Sum* weight;  // (channels)
-  const Sum* gamma;   // (channels) or null
-  const Sum* keep;    // (rows / rows_per_sample) or null
+  const Sum* weight;      // (channels)
+  const Sum* gamma;       // (channels) or null
+  const Sum* keep;        // (rows / rows_per_sample) or null
+  const Sum* delta_bias;  // (channels) or null
   int64_t rows, rows_per_sample, channels;
 
   Sum keep_of(int64_t row) const { return keep ? keep[row / rows_per_sample] : Sum(1); }
@@ -57,6 +58,7 @@ struct BackwardArgs : Args<Stream, Branch> {
   Sum* weight_partials;  // (chunks, channels)
   Sum* bias_partials;
   Sum* gamma_partials;
+  Sum* delta_bias_partials;
 
   // Rows that one unit adds up; by the shape alone, so that sums repeat.
   int64_t chunk_rows() const { return std::clamp<int64_t>(32768 / this->channels, 16, 256); }

@@ -40,12 +40,19 @@ inline void centre(Sum* row, int64_t channels, Vec<Sum> total, Sum eps, Sum* mea
   *rstd = 1 / std::sqrt(sum_lanes<Sum>(squares) / Sum(channels) + eps);
 }
 
-// x + keep gamma delta of n elements from channel c on, as the stream rounds it.
+// delta + delta_bias of n elements from channel c on.
+template <typename Stream, typename Branch, typename Count>
+inline Vec<Accumulator<Stream>> branch_of(const Args<Stream, Branch>& args, const Branch* delta, int64_t c, Count n) {
+  const Vec<Accumulator<Stream>> branch = widen_part(delta, n);
+  return args.delta_bias ? branch + widen_part(args.delta_bias + c, n) : branch;
+}
+
+// x + keep gamma (delta + delta_bias) of n elements from channel c on, as the stream rounds it.
 template <typename Stream, typename Branch, typename Count>
 inline Vec<Accumulator<Stream>> add_branch(const Args<Stream, Branch>& args, Vec<Accumulator<Stream>> x,
                                            const Branch* delta, Accumulator<Stream> keep, int64_t c, Count n) {
   using Sum = Accumulator<Stream>;
-  Vec<Sum> branch = widen_part(delta, n) * keep;
+  Vec<Sum> branch = branch_of(args, delta, c, n) * keep;
   if (args.gamma) branch *= widen_part(args.gamma + c, n);
   if constexpr (std::is_same_v<Stream, Sum>) return x + branch;
   Stream rounded[kLanes<Sum>] = {};
@@ -91,7 +98,7 @@ void forward_norms_delta(const ForwardArgs<Stream, Branch>& args, int64_t begin,
     const int64_t first = row * channels;
     Vec<Sum> total = {};
     over_row<Sum>(channels, [&](int64_t c, auto n) {
-      const Vec<Sum> value = widen_part(args.delta + first + c, n);
+      const Vec<Sum> value = branch_of(args, args.delta + first + c, c, n);
       total += value;
       store(values + c, value);
     });
@@ -121,7 +128,7 @@ void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t e
       return partials ? partials + chunk * channels : nullptr;
     };
     Sum *const weight_sums = chunk_sums(args.weight_partials), *const bias_sums = chunk_sums(args.bias_partials);
-    Sum* const gamma_sums = chunk_sums(args.gamma_partials);
+    Sum *const gamma_sums = chunk_sums(args.gamma_partials), *const shift_sums = chunk_sums(args.delta_bias_partials);
     const int64_t last = std::min((chunk + 1) * args.chunk_rows(), args.rows);
     for (int64_t row = chunk * args.chunk_rows(); row < last; ++row) {
       const int64_t first = row * channels;
@@ -133,9 +140,13 @@ void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t e
         Vec<Sum> grad = widen_part(grad_normed + c, n);
         if (kNormsDelta) grad *= keep;
         const Vec<Sum> weight = widen_part(args.weight + c, n), scaled = grad * weight;
-        Vec<Sum> normed = widen_part(source + c, n);
-        if constexpr (!kNormsDelta)
+        Vec<Sum> normed;
+        if constexpr (kNormsDelta) {
+          normed = branch_of(args, source + c, c, n);
+        } else {
+          normed = widen_part(source + c, n);
           if (args.adds_delta) normed = add_branch(args, normed, args.delta + first + c, keep, c, n);
+        }
         normed = (normed - mean) * rstd;
         if (weight_sums) add(weight_sums + c, grad * normed, n);
         if (bias_sums) add(bias_sums + c, grad, n);
@@ -150,13 +161,15 @@ void backward(const BackwardArgs<Stream, Branch>& args, int64_t begin, int64_t e
       over_row<Sum>(channels, [&](int64_t c, auto n) {
         Vec<Sum> grad = (load(gradients + c) - offset - load(values + c) * slope) * rstd;
         if constexpr (kNormsDelta) {
+          if (shift_sums) add(shift_sums + c, grad, n);
           if (args.grad_delta) narrow_part(args.grad_delta + first + c, grad, n);
         } else {
           if (args.grad_stream) grad += widen_part(args.grad_stream + first + c, n);
           if (args.grad_x) narrow_part(args.grad_x + first + c, grad, n);
           grad *= keep;
-          if (gamma_sums) add(gamma_sums + c, grad * widen_part(args.delta + first + c, n), n);
+          if (gamma_sums) add(gamma_sums + c, grad * branch_of(args, args.delta + first + c, c, n), n);
           if (args.gamma) grad *= widen_part(args.gamma + c, n);
+          if (shift_sums) add(shift_sums + c, grad, n);
           if (args.grad_delta) narrow_part(args.grad_delta + first + c, grad, n);
         }
       });

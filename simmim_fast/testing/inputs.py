@@ -156,6 +156,7 @@ def residual_layer_norm_inputs(
     delta: bool = True,
     gamma: bool = True,
     keep: bool = True,
+    delta_bias: bool = False,
     norm: str = "output",
     device: str = "cpu",
     seed: int = 0,
@@ -166,10 +167,11 @@ def residual_layer_norm_inputs(
         shape: (B, ..., C) of x.
         dtype: Of x.
         delta_dtype: Of delta; x's by default.
-        parameter_dtype: Of weight, bias, gamma and keep; x's by default.
-        delta: With a delta, or with None and neither gamma nor keep.
+        parameter_dtype: Of weight, bias, gamma, keep and delta_bias; x's by default.
+        delta: With a delta, or with None and neither gamma, keep nor delta_bias.
         gamma: With layer scale, where `norm` is "output", or with None.
         keep: With factors of the samples, about a third of them 0, or with None.
+        delta_bias: With a bias of delta, or with None.
         norm: What is normalised.
         device: Where the tensors are; they are drawn on the CPU, so they are the same everywhere.
         seed: Of the generator.
@@ -187,6 +189,7 @@ def residual_layer_norm_inputs(
         if gamma and delta and norm == "output"
         else None,
         "keep": kept.to(device, parameter_dtype) if keep and delta else None,
+        "delta_bias": random_tensor(channels, parameter_dtype, generator).to(device) if delta_bias and delta else None,
         "norm": norm,
     }
 

@@ -76,6 +76,6 @@ CASES: dict[str, Case] = {
     "attention with queries": attention(7, 16, queries=3),
     "embedding of a list": small("masked_patch_embed", visible=True),
     "head of a list": small("linear_masked_loss", tokens=True),
-    "norm of the branch": small("residual_layer_norm", norm="delta"),
+    "norm of the branch": small("residual_layer_norm", norm="delta", delta_bias=True),
 }
 every_case = pytest.mark.parametrize("case", CASES)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmim_fast.ops.residual_layer_norm.op import DIFFERENTIABLE
 from tests.ops.targets import Target
 
 
@@ -27,16 +28,17 @@ def operator_arguments(
         adds_delta: Whether it gets x and delta for their sum.
     """
     x, delta, norms_delta = inputs["x"], inputs["delta"], inputs["norm"] == "delta"
-    tensors = tuple(inputs[name] for name in ("x", "delta", "weight", "bias", "gamma", "keep"))
+    tensors = tuple(inputs[name] for name in ("x", "delta", "weight", "bias", "gamma", "keep", "delta_bias"))
     arguments = (*tensors, 1e-5, norms_delta, (x if delta is None else delta).dtype)
     stream, normed, mean, rstd = (result.detach() for result in forward(*arguments))
-    weight, bias, gamma, keep = (inputs[name] for name in ("weight", "bias", "gamma", "keep"))
+    weight, bias, gamma, keep, delta_bias = tensors[2:]
     source = x if adds_delta else delta if norms_delta else x if delta is None else stream
     grad_normed, grad_stream = (stream, None) if norms_delta else (normed, None if delta is None else stream)
-    dtypes = [None if value is None else value.dtype for value in tensors[:5]]
+    dtypes = [None if tensors[i] is None else tensors[i].dtype for i in DIFFERENTIABLE]
     if norms_delta:
         dtypes[0] = None
     added = delta if adds_delta or gamma is not None else None
-    kept = (source, added, weight, bias if recompute else None, gamma, keep, mean, rstd, norms_delta, adds_delta)
+    parameters = (weight, bias if recompute else None, gamma, keep, delta_bias)
+    kept = (source, added, *parameters, mean, rstd, norms_delta, adds_delta)
     detached = (value.detach() if isinstance(value, Tensor) else value for value in (grad_normed, grad_stream, *kept))
     return arguments, (*detached, *dtypes)

@@ -47,14 +47,17 @@ SHAPES = [
 ]
 FORMS = {
     "scaled": {},
+    "biased": {"delta_bias": True},
     "plain": {"gamma": False, "keep": False},
     "dropped": {"gamma": False},
     "first": {"delta": False},
     "delta": {"norm": "delta"},
+    "delta-biased": {"norm": "delta", "delta_bias": True},
     "delta-kept": {"norm": "delta", "keep": False},
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-three_forms = pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "first", "delta")])
+three_forms = pytest.mark.parametrize("form", [FORMS[name] for name in ("biased", "first", "delta-biased")])
+unbiased_forms = pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "first", "delta")])
 # Of x, delta and the parameters.
 DTYPES = [
     pytest.param((FP64, FP64, FP64), id="fp64"),
@@ -96,7 +99,7 @@ def test_matches_float64(target: Target, dtypes: tuple, form: dict) -> None:
     assert_matches(on(target), reference, make_inputs(SMALL, *dtypes, **form, device=target.device))
 
 
-@three_forms
+@unbiased_forms
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (FP32, BF16, FP32)], ids=["fp32", "bf16-beside-fp32"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64_at_shapes(target: Target, shape: tuple, dtypes: tuple, form: dict) -> None:
@@ -187,7 +190,7 @@ def test_gradcheck(target: Target, form: dict) -> None:
 @pytest.mark.parametrize("target", OPERATORS, indirect=True)
 def test_opcheck(target: Target, dtypes: tuple) -> None:
     forward, backward = operators(target)
-    for form in (FORMS[name] for name in ("scaled", "first", "delta")):
+    for form in (FORMS[name] for name in ("biased", "first", "delta-biased")):
         inputs = make_inputs((2, 3, 4), *dtypes, **form, device=target.device)
         _, backward_arguments = operator_arguments(inputs, forward)
         torch.library.opcheck(backward, backward_arguments)
@@ -218,7 +221,7 @@ def test_ignores_the_number_of_threads(target: Target, form: dict) -> None:
     assert_ignores_threads(partial(forward_and_backward, target, several_chunks(target, form)))
 
 
-@pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "plain", "dropped", "first")])
+@pytest.mark.parametrize("form", [FORMS[name] for name in ("biased", "plain", "dropped", "first")])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("target", OPERATORS, indirect=True)
 def test_the_backward_yields_the_norm_again(target: Target, dtypes: tuple, form: dict) -> None:
@@ -233,7 +236,7 @@ def test_the_backward_yields_the_norm_again(target: Target, dtypes: tuple, form:
         assert_equal(gradient, alone, "gradient")
 
 
-@pytest.mark.parametrize("form", [FORMS[name] for name in ("scaled", "plain", "dropped")])
+@pytest.mark.parametrize("form", [FORMS[name] for name in ("biased", "plain", "dropped")])
 @pytest.mark.parametrize(
     "dtypes", [param for param in DTYPES if param.id not in ("fp32-beside-bf16", "fp16-beside-bf16")]
 )
@@ -323,6 +326,12 @@ def test_more_than_int32_elements(target: Target) -> None:
         ({"weight": torch.ones(1, 20)}, ValueError, r"weight must have shape \(C\) = \(20,\); got \(1, 20\)"),
         ({"bias": torch.ones(20).int()}, TypeError, "bias must be float64"),
         ({"gamma": torch.ones(19)}, ValueError, r"gamma must have shape \(C\) = \(20,\); got \(19,\)"),
+        ({"delta_bias": torch.ones(21)}, ValueError, r"delta_bias must have shape \(C\) = \(20,\); got \(21,\)"),
+        (
+            {"delta": None, "gamma": None, "keep": None, "delta_bias": torch.ones(20)},
+            ValueError,
+            "delta_bias must be None where delta is None",
+        ),
         ({"keep": torch.ones(2, 1, 1, 1)}, ValueError, r"keep must have shape \(B\) = \(2,\); got \(2, 1, 1, 1\)"),
         ({"keep": torch.ones(2).bool()}, TypeError, "keep must be float64, .* got torch.bool"),
         ({"keep": torch.ones(2, requires_grad=True)}, ValueError, "keep must not require a gradient"),

@@ -19,9 +19,12 @@ from tests.ops.targets import Target
 BF16, FP32 = torch.bfloat16, torch.float32
 FORMS = {
     "scaled": {},
+    "biased": {"delta_bias": True},
     "plain": {"gamma": False, "keep": False},
+    "unscaled": {"gamma": False, "keep": False, "delta_bias": True},
     "first": {"delta": False},
     "delta": {"norm": "delta"},
+    "delta-biased": {"norm": "delta", "delta_bias": True},
 }
 
 
@@ -42,7 +45,7 @@ def test_native_takes_more_channels() -> None:
 def test_chunks_are_whole_tiles(channels: int) -> None:
     from simmim_fast.ops.residual_layer_norm.kernels import tile
 
-    assert chunk_rows(channels) % tile(channels).rows == 0
+    assert chunk_rows(channels) % tile(channels, 2).rows == 0
 
 
 @pytest.mark.parametrize("again", [{}, {"recompute": True}, {"recompute": True, "adds_delta": True}], ids=str)
@@ -67,7 +70,7 @@ def test_cost_formulas(form: dict, again: dict) -> None:
     (launch,) = offline.launches(kernels.backward, *backward_arguments)
     pointers = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     partials = [value for name, value in pointers.items() if "partial" in name]
-    assert len(partials) == (3 if inputs["gamma"] is not None else 2)
+    assert len(partials) == 2 + sum(inputs[name] is not None for name in ("gamma", "delta_bias"))
     workspace = sum(value.nbytes + 4 * 32 for value in partials)
     kept = sum(value.nbytes for value in backward_arguments if isinstance(value, Tensor))
     read, written = bytes_moved(backward, *backward_arguments)
@@ -115,14 +118,14 @@ def test_readme_states_the_bytes(model: str, shape: tuple, dtype: torch.dtype, n
 @pytest.mark.parametrize(
     ("shape", "form", "again"),
     [
-        pytest.param((8, 48, 48, 128), FORMS["plain"], {"recompute": True}, id="swin-b"),
-        pytest.param((8, 48, 48, 128), FORMS["delta"], {}, id="swin-v2", marks=pytest.mark.slow),
+        pytest.param((8, 48, 48, 128), FORMS["unscaled"], {"recompute": True}, id="swin-b"),
+        pytest.param((8, 48, 48, 128), FORMS["delta-biased"], {}, id="swin-v2", marks=pytest.mark.slow),
         pytest.param((8, 48, 48, 128), FORMS["first"], {"recompute": True}, id="first", marks=pytest.mark.slow),
-        pytest.param((8, 197, 768), FORMS["scaled"], {"recompute": True, "adds_delta": True}, id="vit-b"),
+        pytest.param((8, 197, 768), FORMS["biased"], {"recompute": True, "adds_delta": True}, id="vit-b"),
         pytest.param(
-            (8, 6, 6, 1536), FORMS["scaled"], {"recompute": True}, id="swin-l-stage-4", marks=pytest.mark.slow
+            (8, 6, 6, 1536), FORMS["biased"], {"recompute": True}, id="swin-l-stage-4", marks=pytest.mark.slow
         ),
-        pytest.param((8, 16, MAX_CHANNELS), FORMS["scaled"], {"recompute": True}, id="widest", marks=pytest.mark.slow),
+        pytest.param((8, 16, MAX_CHANNELS), FORMS["biased"], {"recompute": True}, id="widest", marks=pytest.mark.slow),
     ],
 )
 def test_triton_kernels_compile(

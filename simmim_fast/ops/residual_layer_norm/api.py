@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -22,13 +23,14 @@ def residual_layer_norm(
     *,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     norm: str = "output",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise, in one pass per direction.
 
-        norm="output":  y = x + keep gamma delta, LN(y)     (a Swin or ViT block, up to the next product)
-        norm="delta":   x + keep LN(delta)                  (Swin V2, arXiv 2111.09883, section 3.2)
+        norm="output":  y = x + keep gamma (delta + delta_bias), LN(y)     (a Swin or ViT block, up to the next product)
+        norm="delta":   x + keep LN(delta + delta_bias)                    (Swin V2, arXiv 2111.09883, section 3.2)
 
     Stochastic depth (arXiv 1603.09382), layer scale (arXiv 2103.17239), the addition and the LayerNorm of the official
     models/swin_transformer.py, vision_transformer.py and swin_transformer_v2.py.
@@ -43,6 +45,7 @@ def residual_layer_norm(
         gamma: (C), a floating dtype of its own: layer scale of the branch, with "output" alone, or None.
         keep: (B), a floating dtype of its own: 0 for the samples whose branch is dropped, 1 / (1 - p) for the others,
             or None. It gets no gradient.
+        delta_bias: (C), a floating dtype of its own: the bias of the product that yields delta, or None.
         norm: "output" or "delta".
         backend: "auto", "reference", "native" or "triton"; an explicit name never falls back. "auto" passes over a
             backend that does not take this size.
@@ -54,21 +57,22 @@ def residual_layer_norm(
 
     Raises:
         TypeError: A tensor is none, or of the wrong dtype.
-        ValueError: Shapes or devices disagree, keep asks for a gradient, delta, gamma or keep is given where it has no
-            meaning or missing where it has, or norm or backend is unknown.
+        ValueError: Shapes or devices disagree, keep asks for a gradient, a tensor is given where it has no meaning or
+            missing where it has, or norm or backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
 
     Numerics:
         Computed in float32 (float64 where y is float64), y and LN rounded once each; LN is of y as it is rounded. The
-        gradients of weight, bias and gamma accumulate in a fixed order, so that they repeat bit for bit.
+        gradients of the parameters accumulate in a fixed order, so that they repeat bit for bit.
     """
-    _check_tensors(x, delta, weight, bias, gamma, keep)
-    _check_form(delta, gamma, keep, norm)
-    check_device("x", x, delta=delta, weight=weight, bias=bias, gamma=gamma, keep=keep)
+    parameters = {"weight": weight, "bias": bias, "gamma": gamma, "delta_bias": delta_bias}
+    _check_tensors(x, delta, keep, parameters)
+    _check_form(delta, gamma, keep, delta_bias, norm)
+    check_device("x", x, delta=delta, keep=keep, **parameters)
     refusal = partial(size_refusal, channels=x.shape[-1])
     backend = choose(OP, backend, x.device, stream_dtype(x, delta), refusal)
     y, normed, *_ = OP.implementations[backend](
-        x, delta, weight, bias, gamma, keep, float(eps), norm == "delta", norm_dtype(x, delta)
+        x, delta, weight, bias, gamma, keep, delta_bias, float(eps), norm == "delta", norm_dtype(x, delta)
     )
     if norm == "delta":
         return y
@@ -76,14 +80,14 @@ def residual_layer_norm(
 
 
 def _check_tensors(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None, keep: Tensor | None
+    x: Tensor, delta: Tensor | None, keep: Tensor | None, parameters: Mapping[str, Tensor | None]
 ) -> None:
-    check_float(x=x, weight=weight, bias=bias)
-    check_optional_float(delta=delta, gamma=gamma, keep=keep)
+    check_float(x=x, weight=parameters["weight"], bias=parameters["bias"])
+    check_optional_float(delta=delta, keep=keep, gamma=parameters["gamma"], delta_bias=parameters["delta_bias"])
     check_channels_last("x", x)
     if delta is not None:
         check_shape("delta", delta, x.shape, "of x")
-    for name, tensor in (("weight", weight), ("bias", bias), ("gamma", gamma)):
+    for name, tensor in parameters.items():
         if tensor is not None:
             check_shape(name, tensor, x.shape[-1:], "(C)")
     if keep is None:
@@ -95,13 +99,15 @@ def _check_tensors(
         raise ValueError("keep must not require a gradient: it gets none; detach it")
 
 
-def _check_form(delta: Tensor | None, gamma: Tensor | None, keep: Tensor | None, norm: str) -> None:
+def _check_form(
+    delta: Tensor | None, gamma: Tensor | None, keep: Tensor | None, delta_bias: Tensor | None, norm: str
+) -> None:
     if norm not in ("output", "delta"):
         raise ValueError(f"norm must be 'output' or 'delta'; got {norm!r}")
     if norm == "delta" and delta is None:
         raise ValueError("delta must be given with norm='delta', which normalises it; got None")
     if norm == "delta" and gamma is not None:
         raise ValueError("gamma must be None with norm='delta', whose weight does the same")
-    for name, tensor in (("gamma", gamma), ("keep", keep)):
+    for name, tensor in (("gamma", gamma), ("keep", keep), ("delta_bias", delta_bias)):
         if delta is None and tensor is not None:
-            raise ValueError(f"{name} must be None where delta is None: there is no branch to scale")
+            raise ValueError(f"{name} must be None where delta is None: there is no branch for it")

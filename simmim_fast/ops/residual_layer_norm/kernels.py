@@ -26,11 +26,16 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(channels: int) -> Tile:
-    """8 elements for each thread, so that what the backward keeps of them stays in registers."""
+def tile(channels: int, itemsize: int) -> Tile:
+    """16 bytes of an activation for each thread where 16 warps are enough, few to keep the backward's in registers.
+
+    Args:
+        channels: Of a row.
+        itemsize: Bytes of an element of the narrowest activation.
+    """
     width = triton.next_power_of_2(channels)
-    rows = min(16, max(1, 2048 // width))
-    return Tile(rows, width, min(16, max(1, rows * width // 256)))
+    rows = min(16, max(1, 4096 // (width * itemsize)))
+    return Tile(rows, width, min(16, max(1, rows * width * itemsize // 512)))
 
 
 @triton.jit
@@ -44,11 +49,18 @@ def _load_channels(pointer, channels, num_channels, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _add_branch(
-    x, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE: tl.constexpr
-):
-    """x + keep gamma delta, as the stream rounds it."""
-    branch = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE) * keep[:, None]
+def _load_branch(delta_ptr, delta_bias_ptr, offsets, in_bounds, channels, num_channels, COMPUTE: tl.constexpr):
+    """delta + delta_bias."""
+    branch = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE)
+    if delta_bias_ptr is not None:
+        branch += _load_channels(delta_bias_ptr, channels, num_channels, COMPUTE)
+    return branch
+
+
+@triton.jit
+def _add_branch(x, branch, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE: tl.constexpr):
+    """x + keep gamma branch, as the stream rounds it."""
+    branch *= keep[:, None]
     if gamma_ptr is not None:
         branch *= _load_channels(gamma_ptr, channels, num_channels, COMPUTE)
     return as_operand(x + branch, stream_ptr.dtype.element_ty).to(COMPUTE)
@@ -62,6 +74,7 @@ def _residual_layer_norm_fwd_kernel(
     bias_ptr,  # (C)
     gamma_ptr,  # (C) or None
     keep_ptr,  # (samples) or None
+    delta_bias_ptr,  # (C) or None
     stream_ptr,  # (rows, C) or None
     normed_ptr,  # (rows, C) or None
     mean_ptr,  # (rows)
@@ -87,12 +100,11 @@ def _residual_layer_norm_fwd_kernel(
         keep = tl.full((TILE_R,), 1.0, COMPUTE)
         if keep_ptr is not None:
             keep = tl.load(keep_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0).to(COMPUTE)
+        branch = _load_branch(delta_ptr, delta_bias_ptr, offsets, in_bounds, channels, num_channels, COMPUTE)
         if NORMS_DELTA:
-            source = _load_rows(delta_ptr, offsets, in_bounds, COMPUTE)
+            source = branch
         else:
-            source = _add_branch(
-                stream, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE
-            )
+            source = _add_branch(stream, branch, keep, gamma_ptr, channels, num_channels, stream_ptr, COMPUTE)
             store_rounded(stream_ptr + offsets, source, in_bounds)
 
     mean = tl.sum(source, axis=1) / num_channels
@@ -119,6 +131,7 @@ def _residual_layer_norm_bwd_kernel(
     bias_ptr,  # (C) or None
     gamma_ptr,  # (C) or None
     keep_ptr,  # (samples) or None
+    delta_bias_ptr,  # (C) or None
     mean_ptr,  # (rows)
     rstd_ptr,  # (rows)
     grad_x_ptr,  # (rows, C) or None
@@ -127,6 +140,7 @@ def _residual_layer_norm_bwd_kernel(
     weight_partial_ptr,  # (chunks, C) or None
     bias_partial_ptr,  # (chunks, C) or None
     gamma_partial_ptr,  # (chunks, C) or None
+    delta_bias_partial_ptr,  # (chunks, C) or None
     num_rows,
     rows_per_sample,
     num_channels,  # C
@@ -145,6 +159,7 @@ def _residual_layer_norm_bwd_kernel(
     weight_sum = tl.zeros((TILE_R, TILE_C), COMPUTE)
     bias_sum = tl.zeros((TILE_R, TILE_C), COMPUTE)
     gamma_sum = tl.zeros((TILE_R, TILE_C), COMPUTE)
+    delta_bias_sum = tl.zeros((TILE_R, TILE_C), COMPUTE)
     for first in range(0, ROWS, TILE_R):
         rows = first_row + first + tl.arange(0, TILE_R)
         in_bounds = (rows < num_rows)[:, None] & in_row
@@ -157,11 +172,13 @@ def _residual_layer_norm_bwd_kernel(
             keep = tl.load(keep_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0).to(COMPUTE)
         if NORMS_DELTA:
             grad *= keep[:, None]
-        source = _load_rows(source_ptr, offsets, in_bounds, COMPUTE)
+        if NORMS_DELTA:
+            source = _load_branch(source_ptr, delta_bias_ptr, offsets, in_bounds, channels, num_channels, COMPUTE)
+        else:
+            source = _load_rows(source_ptr, offsets, in_bounds, COMPUTE)
         if ADDS_DELTA:
-            source = _add_branch(
-                source, delta_ptr, offsets, in_bounds, keep, gamma_ptr, channels, num_channels, source_ptr, COMPUTE
-            )
+            branch = _load_branch(delta_ptr, delta_bias_ptr, offsets, in_bounds, channels, num_channels, COMPUTE)
+            source = _add_branch(source, branch, keep, gamma_ptr, channels, num_channels, source_ptr, COMPUTE)
         normed = (source - mean[:, None]) * rstd[:, None]
         if normed_ptr is not None:
             shift = _load_channels(bias_ptr, channels, num_channels, COMPUTE)
@@ -180,9 +197,13 @@ def _residual_layer_norm_bwd_kernel(
         if not NORMS_DELTA:
             grad *= keep[:, None]
         if gamma_partial_ptr is not None:
-            gamma_sum += grad * _load_rows(delta_ptr, offsets, in_bounds, COMPUTE)
+            gamma_sum += grad * _load_branch(
+                delta_ptr, delta_bias_ptr, offsets, in_bounds, channels, num_channels, COMPUTE
+            )
         if gamma_ptr is not None:
             grad *= _load_channels(gamma_ptr, channels, num_channels, COMPUTE)
+        if delta_bias_partial_ptr is not None:
+            delta_bias_sum += grad
         if grad_delta_ptr is not None:
             store_rounded(grad_delta_ptr + offsets, grad, in_bounds)
 
@@ -193,6 +214,8 @@ def _residual_layer_norm_bwd_kernel(
         tl.store(bias_partial_ptr + partials, tl.sum(bias_sum, axis=0), mask=channels < num_channels)
     if gamma_partial_ptr is not None:
         tl.store(gamma_partial_ptr + partials, tl.sum(gamma_sum, axis=0), mask=channels < num_channels)
+    if delta_bias_partial_ptr is not None:
+        tl.store(delta_bias_partial_ptr + partials, tl.sum(delta_bias_sum, axis=0), mask=channels < num_channels)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -208,6 +231,7 @@ def forward(
     bias: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
+    delta_bias: Tensor | None,
     eps: float,
     norms_delta: bool,
     norm_dtype: torch.dtype,
@@ -219,10 +243,10 @@ def forward(
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=sum_dtype(dtype)) for _ in range(2))
     if x.numel() > 0:
         rows, rows_per_sample = _rows(x)
-        size = tile(x.shape[-1])
+        size = tile(x.shape[-1], dtype.itemsize if delta is None else delta.itemsize)
         with on_device_of(x):
             _residual_layer_norm_fwd_kernel[(triton.cdiv(rows, size.rows),)](
-                *map(contiguous, (x, delta, weight, bias, gamma, keep)),
+                *map(contiguous, (x, delta, weight, bias, gamma, keep, delta_bias)),
                 None if delta is None else stream,
                 None if norms_delta else normed,
                 mean,
@@ -249,6 +273,7 @@ def backward(
     bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    delta_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norms_delta: bool,
@@ -257,7 +282,7 @@ def backward(
     delta_dtype: torch.dtype | None,
     *parameter_dtypes: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    """The operator's backward: five gradients, and the norm where bias is given; what is not wanted is empty."""
+    """The operator's backward: six gradients, and the norm where bias is given; what is not wanted is empty."""
     dtypes = (x_dtype, delta_dtype, None if bias is None else grad_normed.dtype)
     activations = [None if dtype is None else source.new_empty(source.shape, dtype=dtype) for dtype in dtypes]
     partials = [
@@ -266,10 +291,12 @@ def backward(
     ]
     if source.numel() > 0:
         rows, rows_per_sample = _rows(source)
-        size, chunk = tile(source.shape[-1]), chunk_rows(source.shape[-1])
+        size = tile(source.shape[-1], min(source.itemsize, grad_normed.itemsize))
+        chunk = chunk_rows(source.shape[-1])
+        tensors = (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, delta_bias, mean, rstd)
         with on_device_of(source):
             _residual_layer_norm_bwd_kernel[(triton.cdiv(rows, chunk),)](
-                *map(contiguous, (grad_normed, grad_stream, source, delta, weight, bias, gamma, keep, mean, rstd)),
+                *map(contiguous, tensors),
                 *activations,
                 *partials,
                 rows,

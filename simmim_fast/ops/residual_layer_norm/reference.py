@@ -32,12 +32,13 @@ def residual_layer_norm(
     *,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     norm: str = "output",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Add a branch to the residual stream, and normalise the sum ("output") or the branch ("delta").
 
-        "output":  y = x + keep gamma delta, LN(y)
-        "delta":   x + keep LN(delta)
+        "output":  y = x + keep gamma (delta + delta_bias), LN(y)
+        "delta":   x + keep LN(delta + delta_bias)
 
     Args:
         x: (B, ..., C), the stream.
@@ -47,6 +48,7 @@ def residual_layer_norm(
         eps: Added to the variance.
         gamma: (C), layer scale, or None.
         keep: (B), 0 or 1 / (1 - p), or None.
+        delta_bias: (C), added to the branch first, or None.
         norm: What is normalised.
 
     Returns:
@@ -61,7 +63,8 @@ def residual_layer_norm(
 
     if delta is None:
         return x, normalised(x).to(norm_dtype(x, delta))
-    branch = normalised(delta) if norm == "delta" else delta.to(wide)
+    branch = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)
+    branch = normalised(branch) if norm == "delta" else branch
     if gamma is not None:
         branch = branch * gamma.to(wide)
     if keep is not None:
