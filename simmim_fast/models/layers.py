@@ -242,28 +242,53 @@ class BlockWeights(NamedTuple):
     """The parameters of a block's linear layers, all None where attention, MLP and layers are called as modules.
 
     The bias of `fc1` is not among them: it goes into the GELU.
+
+    Attributes:
+        qkv: Of the attention's first layer.
+        proj: Of its second, without the bias but before a dropout.
+        fc1: Of the MLP's first layer, without the bias.
+        fc2: Of its second, as `proj`.
+        proj_bias: (C), what is yet to be added to the attention's branch.
+        fc2_bias: (C), the same of the MLP's branch.
+        gamma: (C), layer scale of the MLP's branch, or None. It and `fc2_bias` are copies: the next block adds the
+            branch, when the parameters of this one may be sharded again.
     """
 
     qkv: Affine | None = None
     proj: Affine | None = None
     fc1: Affine | None = None
     fc2: Affine | None = None
+    proj_bias: Tensor | None = None
+    fc2_bias: Tensor | None = None
+    gamma: Tensor | None = None
 
 
-def block_weights(attn: nn.Module, mlp: Mlp) -> BlockWeights:
-    """The parameters of a block's layers, cast together under autocast."""
+def block_weights(attn: nn.Module, mlp: Mlp, gamma: Tensor | None = None) -> BlockWeights:
+    """The parameters of a block's layers, cast and copied together; gamma (C) is of the MLP's branch."""
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
     if attn.backend == "reference" or has_hooks(attn) or has_hooks(mlp) or not all(map(is_plain, layers)):
-        return BlockWeights()
-    parameters = (*(layer.weight for layer in layers), attn.proj.bias, mlp.fc2.bias, *attn.qkv_biases())
-    qkv, proj, fc1, fc2, proj_bias, fc2_bias, *qkv_biases = cast_together(parameters)
+        return BlockWeights(gamma=None if gamma is None else gamma.clone())
+    proj_bias, proj_bias_later = _before_and_after(attn.proj_drop, attn.proj.bias)
+    fc2_bias, fc2_bias_later = _before_and_after(mlp.drop, mlp.fc2.bias)
+    outgoing = [tensor for tensor in (fc2_bias_later, gamma) if tensor is not None]
+    parameters = (*(layer.weight for layer in layers), *attn.qkv_biases())
+    (qkv, proj, fc1, fc2, *qkv_biases), copies = cast_together(parameters, outgoing)
     casts_all = mlp.recompute == "mlp"
     return BlockWeights(
         Affine(qkv, join_biases(qkv_biases), attn.qkv.weight.detach() if casts_all else None),
         Affine(proj, proj_bias),
         Affine(fc1, None, mlp.fc1.weight.detach() if casts_all else None),
         Affine(fc2, fc2_bias, mlp.fc2.weight.detach()),
+        proj_bias_later,
+        None if fc2_bias_later is None else copies[0],
+        None if gamma is None else copies[-1],
     )
+
+
+def _before_and_after(dropout: nn.Dropout, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of a product: what must be added before its dropout, and what may be added later, with the branch."""
+    drops = dropout.training and dropout.p > 0
+    return (bias, None) if drops else (None, bias)
 
 
 def join_biases(biases: Sequence[Tensor]) -> Tensor | None:
@@ -306,18 +331,21 @@ class Stream(NamedTuple):
         branch: (B, ..., C), or None where there is none.
         gamma: (C), layer scale of the branch, or None.
         keep: (B), 0 or 1 / (1 - rate) from stochastic depth, or None.
+        bias: (C), to be added to the branch first, or None.
     """
 
     x: Tensor
     branch: Tensor | None = None
     gamma: Tensor | None = None
     keep: Tensor | None = None
+    bias: Tensor | None = None
 
     def add(self) -> Tensor:
         """The stream with its branch."""
         if self.branch is None:
             return self.x
-        branch = self.branch if self.gamma is None else self.gamma * self.branch
+        branch = self.branch if self.bias is None else self.branch + self.bias.to(self.branch.dtype)
+        branch = branch if self.gamma is None else self.gamma * branch
         if self.keep is not None:
             branch = branch * self.keep.view(-1, *[1] * (branch.dim() - 1))
         return self.x + branch
@@ -327,8 +355,8 @@ class Stream(NamedTuple):
         if not is_plain_norm(norm):
             y = self.add()
             return y, norm(y)
-        parameters = (norm.weight, norm.bias, norm.eps)
-        return residual_layer_norm(self.x, self.branch, *parameters, gamma=self.gamma, keep=self.keep, backend=backend)
+        scaled = {"gamma": self.gamma, "keep": self.keep, "delta_bias": self.bias}
+        return residual_layer_norm(self.x, self.branch, norm.weight, norm.bias, norm.eps, **scaled, backend=backend)
 
     def normalise_into(
         self, norm: nn.Module, layer: Affine | None, backend: str, recompute: str, store_sum: bool = True
@@ -348,7 +376,7 @@ class Stream(NamedTuple):
             y, normed = self.normalise(norm, backend)
             return y, normed if layer is None else layer.product(normed)
         options = (norm.eps, chosen, store_sum or not self._is_narrower)
-        return NormLinear.apply(*self._scaled, norm.weight, norm.bias, *layer, *options)
+        return NormLinear.apply(*self, norm.weight, norm.bias, *layer, *options)
 
     def through_mlp(
         self, norm: nn.Module, mlp: Mlp, weights: BlockWeights, backend: str, store_sum: bool = True
@@ -361,12 +389,8 @@ class Stream(NamedTuple):
             return y, mlp(hidden, weights.fc2)
         options = (norm.eps, chosen, gelu, store_sum or not self._is_narrower)
         hidden = (weights.fc1.weight, weights.fc1.stored, mlp.fc1.bias)
-        y, branch = NormMlp.apply(*self._scaled, norm.weight, norm.bias, *hidden, *weights.fc2, *options)
+        y, branch = NormMlp.apply(*self, norm.weight, norm.bias, *hidden, *weights.fc2, *options)
         return y, mlp.drop(branch)
-
-    @property
-    def _scaled(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.x, self.branch, self.gamma, self.keep
 
     @property
     def _is_narrower(self) -> bool:

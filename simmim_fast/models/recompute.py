@@ -7,7 +7,7 @@ yields the input again; and then the weight gradient. Under autocast a weight's 
 made again, too, where that is asked for.
 
 Shapes: x, delta and the stream (B, ..., C); weight (D, C) and bias (D) of a linear layer, its product (B, ..., D);
-gamma and a norm's weight and bias (C); keep (B).
+gamma, delta_bias and a norm's weight and bias (C); keep (B).
 """
 
 from __future__ import annotations
@@ -77,26 +77,30 @@ def gelu_backend(weight: Tensor, backend: str) -> str | None:
     return None if chosen == "reference" else chosen
 
 
-def cast_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors as autocast casts the operands of a product, by one operator in each direction.
+def cast_together(tensors: Sequence[Tensor], outgoing: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors as autocast casts the operands of a product, and copies of others, by one operator in each direction.
 
-    The tensors themselves where it would leave them as they are.
+    Args:
+        tensors: They themselves come back where autocast would leave them as they are.
+        outgoing: What leaves the module that they are parameters of, where sharding may free them: copied as they are.
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    others = [tensor for tensor in tensors if tensor.dtype not in (dtype, torch.float64)]
-    cast = iter(_CastTogether.apply(dtype, *others) if others else ())
-    return [tensor if tensor.dtype in (dtype, torch.float64) else next(cast) for tensor in tensors]
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    dtypes = [tensor.dtype if autocast is None or tensor.dtype == torch.float64 else autocast for tensor in tensors]
+    copied = [(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True) if tensor.dtype != dtype]
+    copied += [(tensor, tensor.dtype) for tensor in outgoing]
+    originals, new_dtypes = zip(*copied, strict=True) if copied else ((), ())
+    copies = iter(_CastTogether.apply(new_dtypes, *originals) if copied else ())
+    cast = [tensor if tensor.dtype == dtype else next(copies) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    return cast, list(copies)
 
 
 class _CastTogether(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
-        copies = _copies(tensors, [dtype] * len(tensors))
+        copies = _copies(tensors, dtypes)
         ctx.mark_non_differentiable(*(c for c, t in zip(copies, tensors, strict=True) if not t.requires_grad))
         return tuple(copies)
 
@@ -114,7 +118,7 @@ def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Te
 
 
 class NormLinear(torch.autograd.Function):
-    """(y, linear(LN(y))) with y = x + keep gamma delta. Stores y, or, without `store_sum`, x and delta."""
+    """(y, linear(LN(y))) with y = x + keep gamma (delta + delta_bias). Stores y, or, without `store_sum`, its summands."""
 
     @staticmethod
     def forward(
@@ -123,6 +127,7 @@ class NormLinear(torch.autograd.Function):
         delta: Tensor | None,
         gamma: Tensor | None,
         keep: Tensor | None,
+        delta_bias: Tensor | None,
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
@@ -132,7 +137,7 @@ class NormLinear(torch.autograd.Function):
         backend: str,
         store_sum: bool,
     ) -> tuple[Tensor, Tensor]:
-        stream = (x, delta, gamma, keep, norm_weight, norm_bias)
+        stream = (x, delta, gamma, keep, delta_bias, norm_weight, norm_bias)
         y, normed, norm, statistics = _normed(ctx, *stream, eps, backend, store_sum)
         ctx.save_for_backward(*norm, *statistics, _or(stored, weight))
         return y, F.linear(normed, weight, bias)
@@ -141,7 +146,7 @@ class NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *kept, weight = ctx.saved_tensors
         grad_out = _or_zeros(grad_out, grad_y, weight, ctx.norm_dtype)
-        needed, grad_normed = ctx.needs_input_grad[6:8], grad_out @ weight.to(grad_out.dtype)
+        needed, grad_normed = ctx.needs_input_grad[7:9], grad_out @ weight.to(grad_out.dtype)
         gradients, normed = _norm_gradients(
             ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, needed[0]
         )
@@ -201,7 +206,7 @@ class LinearGeluLinear(torch.autograd.Function):
 
 
 class NormMlp(torch.autograd.Function):
-    """(y, MLP(LN(y))) with y = x + keep gamma delta. Stores y, and computes norm and hidden layer again."""
+    """(y, MLP(LN(y))) with y = x + keep gamma (delta + delta_bias). Stores y; norm and hidden layer come again."""
 
     @staticmethod
     def forward(
@@ -210,6 +215,7 @@ class NormMlp(torch.autograd.Function):
         delta: Tensor | None,
         gamma: Tensor | None,
         keep: Tensor | None,
+        delta_bias: Tensor | None,
         norm_weight: Tensor,
         norm_bias: Tensor,
         hidden_weight: Tensor,
@@ -223,29 +229,29 @@ class NormMlp(torch.autograd.Function):
         gelu_backend: str,
         store_sum: bool,
     ) -> tuple[Tensor, Tensor]:
-        stream = (x, delta, gamma, keep, norm_weight, norm_bias)
+        stream = (x, delta, gamma, keep, delta_bias, norm_weight, norm_bias)
         y, normed, norm, _ = _normed(ctx, *stream, eps, backend, store_sum)
         ctx.eps, ctx.gelu_backend = eps, gelu_backend
-        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[8] else None
+        ctx.bias_dtype = hidden_bias.dtype if ctx.needs_input_grad[9] else None
         ctx.save_for_backward(*norm, _or(stored_hidden, hidden_weight), hidden_bias, _or(stored, weight))
         activated = _operator("bias_gelu", gelu_backend)(F.linear(normed, hidden_weight), hidden_bias)
         return y, F.linear(activated, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        source, delta, norm_weight, norm_bias, gamma, keep, *parameters = ctx.saved_tensors
+        source, delta, norm_weight, norm_bias, gamma, keep, delta_bias, *parameters = ctx.saved_tensors
         grad_out = _or_zeros(grad_out, grad_y, parameters[-1], ctx.norm_dtype)
-        branch = (delta, norm_weight, norm_bias, gamma, keep)
-        plain = branch if ctx.adds_delta else (None, norm_weight, norm_bias, None, None)
+        branch = (delta, norm_weight, norm_bias, gamma, keep, delta_bias)
+        plain = branch if ctx.adds_delta else (None, norm_weight, norm_bias, None, None, None)
         _, normed, *statistics = _normalise(source, *plain, ctx.eps, ctx.backend, ctx.norm_dtype)
-        needed = ctx.needs_input_grad[6:11]
+        needed = ctx.needs_input_grad[7:12]
         grad_normed, *rest = _mlp_gradients(ctx.gelu_backend, ctx.bias_dtype, grad_out, normed, *parameters, needed)
         kept = (source, *branch, *statistics)
         before, _ = _norm_gradients(ctx.backend, ctx.dtypes, grad_normed, grad_y, kept, ctx.adds_delta, False)
         return *before, *rest, *[None] * 5
 
 
-_NORM = (0, 1, 4, 5, 2)  # the arguments whose gradients a norm's backward gives, in its order
+_NORM = (0, 1, 5, 6, 2, 4)  # the arguments whose gradients a norm's backward gives, in its order
 
 
 def _operator(op: str, backend: str, direction: str = "") -> Callable[..., Any]:
@@ -275,6 +281,7 @@ def _normed(
     delta: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    delta_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -283,13 +290,13 @@ def _normed(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...], list[Tensor]]:
     """y, LN(y), what the backward has the norm from, and its statistics; the rest of what it asks goes into `ctx`."""
     ctx.backend, ctx.norm_dtype = backend, norm_dtype(x, delta)
-    y, normed, *statistics = _normalise(x, delta, weight, bias, gamma, keep, eps, backend, ctx.norm_dtype)
+    y, normed, *statistics = _normalise(x, delta, weight, bias, gamma, keep, delta_bias, eps, backend, ctx.norm_dtype)
     y = x.view_as(x) if delta is None else y
     ctx.set_materialize_grads(False)  # of y, where nobody uses it
     ctx.adds_delta = delta is not None and not store_sum
-    ctx.dtypes = _dtypes_if((x, delta, weight, bias, gamma), ctx.needs_input_grad, _NORM)
+    ctx.dtypes = _dtypes_if((x, delta, weight, bias, gamma, delta_bias), ctx.needs_input_grad, _NORM)
     source, added = (x, delta) if ctx.adds_delta else (y, delta if ctx.needs_input_grad[2] else None)
-    return y, normed, (source, added, weight, bias, gamma, keep), statistics
+    return y, normed, (source, added, weight, bias, gamma, keep, delta_bias), statistics
 
 
 def _normalise(
@@ -299,12 +306,14 @@ def _normalise(
     bias: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
+    delta_bias: Tensor | None,
     eps: float,
     backend: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, its norm, and mean and 1 / deviation of each row."""
-    return _operator("residual_layer_norm", backend)(x, delta, weight, bias, gamma, keep, eps, False, dtype)
+    operator = _operator("residual_layer_norm", backend)
+    return operator(x, delta, weight, bias, gamma, keep, delta_bias, eps, False, dtype)
 
 
 def _norm_gradients(
@@ -316,14 +325,16 @@ def _norm_gradients(
     adds_delta: bool,
     recompute: bool,
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Gradients of x, delta, gamma, keep (None), weight and bias, and the norm's output again, if asked for."""
-    source, delta, weight, bias, gamma, keep, mean, rstd = kept
+    """Gradients of x, delta, gamma, keep (None), delta_bias, weight and bias; the norm's output again, if asked for."""
+    source, delta, weight, bias, gamma, keep, delta_bias, mean, rstd = kept
     shared = gamma is None and keep is None and dtypes[0] == dtypes[1]  # x and delta get one tensor, as in a sum
     asked = (dtypes[0], None, *dtypes[2:]) if shared else dtypes
-    arguments = (grad_normed, grad_y, source, delta, weight, bias if recompute else None, gamma, keep, mean, rstd)
-    *gradients, normed = _operator("residual_layer_norm", backend, "_backward")(*arguments, False, adds_delta, *asked)
-    grad_x, grad_delta, grad_weight, grad_bias, grad_gamma = _wanted(gradients, asked)
-    return (grad_x, grad_x if shared else grad_delta, grad_gamma, None, grad_weight, grad_bias), normed
+    parameters = (weight, bias if recompute else None, gamma, keep, delta_bias)
+    arguments = (grad_normed, grad_y, source, delta, *parameters, mean, rstd, False, adds_delta)
+    *gradients, normed = _operator("residual_layer_norm", backend, "_backward")(*arguments, *asked)
+    grad_x, grad_delta, grad_weight, grad_bias, grad_gamma, grad_delta_bias = _wanted(gradients, asked)
+    before = (grad_x, grad_x if shared else grad_delta, grad_gamma, None, grad_delta_bias)
+    return (*before, grad_weight, grad_bias), normed
 
 
 def _gelu_gradients(

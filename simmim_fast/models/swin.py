@@ -188,9 +188,10 @@ class SwinTransformerBlock(nn.Module):
             weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
             x, qkv = x.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
             branch = self._attend(qkv, tokens, weights.proj)
-            stream = Stream(select_tokens(x, tokens), branch, keep=self.drop_path.keep(branch))
+            added = {"keep": self.drop_path.keep(branch), "bias": weights.proj_bias}
+            stream = Stream(select_tokens(x, tokens), branch, **added)
             x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
-            return Stream(x, branch, keep=self.drop_path.keep(branch))
+            return Stream(x, branch, keep=self.drop_path.keep(branch), bias=weights.fc2_bias)
         x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -225,7 +226,7 @@ class PatchMerging(nn.Module):
             return self.reduction(self.norm(x))
         if not is_plain(self.reduction):
             return self.reduction(Stream(x).normalise(self.norm, self.backend)[1])
-        (weight,) = cast_together([self.reduction.weight])
+        (weight,), _ = cast_together([self.reduction.weight])
         reduction = Affine(weight, stored=self.reduction.weight.detach() if self.recompute == "mlp" else None)
         return Stream(x).normalise_into(self.norm, reduction, self.backend, self.recompute)[1]
 

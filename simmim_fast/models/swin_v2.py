@@ -113,14 +113,14 @@ class SwinTransformerV2Block(SwinTransformerBlock):
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         weights = block_weights(self.attn, self.mlp)
         branch = self._attend(x if weights.qkv is None else weights.qkv.product(x), tokens, weights.proj)
-        x = self._add(select_tokens(x, tokens), branch, self.norm1)
-        return self._add(x, apply_mlp(x, self.mlp, weights), self.norm2)
+        x = self._add(select_tokens(x, tokens), branch, weights.proj_bias, self.norm1)
+        return self._add(x, apply_mlp(x, self.mlp, weights), weights.fc2_bias, self.norm2)
 
-    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
-        """x + LN(branch), all (B, ..., C), with stochastic depth."""
+    def _add(self, x: Tensor, branch: Tensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
+        """x + LN(branch + bias), bias (C), the others (B, ..., C), with stochastic depth."""
         if self.attn.backend == "reference" or not is_plain_norm(norm):
-            return x + self.drop_path(norm(branch))
-        form = {"keep": self.drop_path.keep(branch), "norm": "delta", "backend": self.attn.backend}
+            return x + self.drop_path(norm(branch if bias is None else branch + bias.to(branch.dtype)))
+        form = {"keep": self.drop_path.keep(branch), "delta_bias": bias, "norm": "delta", "backend": self.attn.backend}
         return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **form)
 
 

@@ -180,12 +180,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor | Stream, shared_bias: Tensor | None, tokens: Tensor | None = None) -> Tensor | Stream:
         """x (B, N, C) to (B, N, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
         if isinstance(x, Stream):
-            weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
+            weights, backend = block_weights(self.attn, self.mlp, self.gamma_2), self.attn.backend
             x, qkv = x.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
             branch = self.attn(qkv, shared_bias, tokens, weights.proj)
-            stream = Stream(select_tokens(x, tokens), branch, self.gamma_1, self.drop_path.keep(branch))
+            added = (branch, self.gamma_1, self.drop_path.keep(branch), weights.proj_bias)
+            stream = Stream(select_tokens(x, tokens), *added)
             x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
-            return Stream(x, branch, self.gamma_2, self.drop_path.keep(branch))
+            return Stream(x, branch, weights.gamma, self.drop_path.keep(branch), weights.fc2_bias)
         branch = self.attn(self.norm1(x), shared_bias, tokens)
         x = select_tokens(x, tokens) + self.drop_path(_scale(branch, self.gamma_1))
         return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))

@@ -147,7 +147,7 @@ def test_casts_the_weights_of_a_block_together(encoder: str) -> None:
 
     with Copies():
         train(build(encoder), *batch(encoder), torch.bfloat16)
-    blocks, merging = {"swin": ([7] * 4, [1]), "swinv2": ([8] * 4, []), "vit": ([8] * 2, [])}[encoder]
+    blocks, merging = {"swin": ([6] * 4, [1]), "swinv2": ([7] * 4, []), "vit": ([8] * 2, [])}[encoder]
     assert sorted(counted) == sorted(2 * (blocks + merging))  # forward and backward
 
 
@@ -244,10 +244,20 @@ def test_a_stream_alone_has_gradients(recompute: str, delta: bool) -> None:
 def test_casts_frozen_weights_without_gradients() -> None:
     frozen, trained = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = cast_together([frozen, trained])
+        cast, _ = cast_together([frozen, trained])
     assert [tensor.requires_grad for tensor in cast] == [False, True]
     sum(cast).sum().backward()
     assert torch.equal(trained.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_leaves_a_block_is_a_copy(autocast: bool) -> None:
+    block = build("vit", init_values=0.1).encoder.blocks[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        weights = block_weights(block.attn, block.mlp, block.gamma_2)
+    for copied, parameter in ((weights.fc2_bias, block.mlp.fc2.bias), (weights.gamma, block.gamma_2)):
+        assert torch.equal(copied, parameter)
+        assert copied.data_ptr() != parameter.data_ptr()
 
 
 @pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
