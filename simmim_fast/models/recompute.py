@@ -118,7 +118,7 @@ def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Te
 
 
 class NormLinear(torch.autograd.Function):
-    """(y, linear(LN(y))) with y = x + keep gamma (delta + delta_bias). Stores y or, without `store_sum`, x and delta."""
+    """(y, linear(LN(y))) with y = x + keep gamma (delta + delta_bias). Keeps y or, without `store_sum`, x and delta."""
 
     @staticmethod
     def forward(
