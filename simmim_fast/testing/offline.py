@@ -69,7 +69,7 @@ class Compiled:
 
 def launches(function: Callable[..., Any], *args: Any) -> list[Launch]:
     """The Triton launches that a launcher makes for these arguments, none of which is run."""
-    with _recorded() as record:
+    with recorded() as record:
         function(*args)
     return record
 
@@ -109,7 +109,8 @@ def assert_products(compiled: Compiled, dtype: torch.dtype, dots: int) -> None:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[Launch]]:
+    """Within it, launches of Triton kernels are noted in the list that it yields, and none is run."""
     record: list[Launch] = []
 
     def run(kernel: triton.runtime.JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:

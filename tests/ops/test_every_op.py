@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from simmim_fast import ops
+from simmim_fast._backends import TRITON_INTERPRETED
 from simmim_fast.testing import (
     assert_equal,
     assert_right,
     differentiable,
+    offline,
     random_gradient,
     random_tensor,
     run,
@@ -137,6 +140,23 @@ def test_reads_no_data(target: Target, case: str) -> None:
             expected[name].dtype,
             expected[name].stride(),
         )
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="the interpreter's kernels cannot be kept from running")
+@every_case
+def test_launchers_read_no_data(case: str) -> None:
+    """The launchers of the Triton kernels, on the meta device: a value, or a size that depends on one, raises there."""
+    op, draw = CASES[case]
+    kernels = importlib.import_module(f"simmim_fast.ops.{op}.kernels")
+    with OperatorCalls() as made:
+        forward_and_backward(on(op, Target("native")), op, draw(2, **mixed_precision(op)))
+    for call, launcher in zip(made.calls, (kernels.forward, kernels.backward), strict=True):
+        args = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), call.args)
+        with offline.recorded() as launched:
+            results = launcher(*args)
+        assert launched
+        for result, expected in zip(tree_leaves(results), tree_leaves(call.operator(*args)), strict=True):
+            assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 @every_case
