@@ -83,16 +83,20 @@ Parameter parameter(const std::optional<Tensor>& tensor) {
 
 // Calls f(Type<T>, std::integral_constant of the warps that a window takes).
 template <typename F>
-void dispatch(const Inputs& in, F&& f) {
-  dispatch_floating(in.qkv.scalar_type(), [&](auto type) {
+void dispatch(ScalarType dtype, int64_t tokens, F&& f) {
+  dispatch_floating(dtype, [&](auto type) {
     if constexpr (!std::is_same_v<decltype(type), Type<double>>) {
-      const int tokens = in.grid.tokens();
       if (tokens <= 16) return f(type, std::integral_constant<int, 1>{});
       if (tokens <= 32) return f(type, std::integral_constant<int, 2>{});
       if (tokens <= 48) return f(type, std::integral_constant<int, 3>{});
       f(type, std::integral_constant<int, 4>{});
     }
   });
+}
+
+template <typename F>
+void dispatch(const Inputs& in, F&& f) {
+  dispatch(in.qkv.scalar_type(), in.grid.tokens(), f);
 }
 
 // Biases of `kinds` of windows, as the kernels read them.
@@ -231,6 +235,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
 }
 
 }  // namespace
+
+// Bytes of shared memory that a launch asks for, by bytes of an element (2 or 4) and warps of a window.
+// benchmarks/cuda_kernels.py reads them.
+extern "C" __attribute__((visibility("default"))) int64_t shifted_window_attention_shared_bytes(bool backward,
+                                                                                                int64_t element_size,
+                                                                                                int64_t warps) {
+  int64_t bytes = 0;
+  dispatch(element_size == 2 ? ScalarType::BFloat16 : ScalarType::Float, 16 * warps, [&](auto type, auto of_window) {
+    using T = typename decltype(type)::type;
+    bytes = backward ? sizeof(GradientTile<T, of_window>) : sizeof(ForwardTile<T, of_window>);
+  });
+  return bytes;
+}
+
 }  // namespace simmim_fast::shifted_window_attention
 
 SIMMIM_FAST_CUDA_LIBRARY(m) {
