@@ -49,7 +49,13 @@ class Options(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """Options of each kernel, and how many windows a program of the forward takes where there are enough."""
+    """Options of each kernel.
+
+    Attributes:
+        forward_windows: How many windows a program of the forward takes where there are enough.
+        plain_forward: Those of the forward where there is neither padding nor the cosine form, if they are others.
+        plain_backward: Likewise.
+    """
 
     forward: Options
     forward_windows: int
@@ -58,6 +64,8 @@ class Configuration(NamedTuple):
     blocked_backward_queries: Options
     blocked_backward_keys: Options
     blocked_backward_pairs: Options
+    plain_forward: Options | None = None
+    plain_backward: Options | None = None
 
 
 HALF = Configuration(
@@ -82,27 +90,43 @@ SINGLE = Configuration(
     blocked_backward_pairs=Options(8, 1),
 )
 SINGLE_NARROW = SINGLE._replace(blocked_backward_queries=Options(4, 1))
+SINGLE_DEEP = SINGLE._replace(forward=Options(8, 2), plain_forward=Options(8, 1))
 SINGLE_WIDE = SINGLE._replace(blocked_backward_keys=Options(8, 1))
 _WIDE = {(2, 64): HALF_WIDE, (2, 128): HALF_WIDEST, (4, 64): SINGLE_WIDE, (4, 128): SINGLE_WIDE}
 # A table for each compute capability, by bytes of an element (float64 as float32) and channels of a padded head. Chosen
 # by registers and occupancy, not yet by measurement on a GPU.
 CONFIGURATIONS = {
     80: _WIDE
-    | {(2, 16): HALF, (2, 32): HALF, (4, 16): SINGLE_NARROW._replace(backward=Options(8, 1)), (4, 32): SINGLE},
-    90: _WIDE | {(2, 16): HALF_DEEP, (2, 32): HALF_DEEP, (4, 16): SINGLE_NARROW, (4, 32): SINGLE},
+    | {
+        (2, 16): HALF,
+        (2, 32): HALF,
+        (4, 16): SINGLE_NARROW._replace(backward=Options(8, 1)),
+        (4, 32): SINGLE_DEEP,
+    },
+    90: _WIDE
+    | {
+        (2, 16): HALF_DEEP,
+        (2, 32): HALF_DEEP,
+        (4, 16): SINGLE_NARROW._replace(plain_backward=Options(8, 1)),
+        (4, 32): SINGLE,
+    },
     100: _WIDE
     | {
         (2, 16): HALF_DEEP,
         (2, 32): HALF_DEEP,
         (4, 16): SINGLE_NARROW._replace(forward=Options(8, 2)),
-        (4, 32): SINGLE._replace(forward=Options(8, 2)),
+        (4, 32): SINGLE_DEEP,
     },
 }
 
 
-def configuration_of(qkv: Tensor, work: Sizes) -> Configuration:
+def configuration_of(qkv: Tensor, work: Sizes, logit_scale: Tensor | None) -> Configuration:
     """How the kernels are compiled for a call."""
-    return CONFIGURATIONS[capability_of(qkv.device, CONFIGURATIONS)][min(qkv.element_size(), 4), tile(work.head_size)]
+    table = CONFIGURATIONS[capability_of(qkv.device, CONFIGURATIONS)]
+    found = table[min(qkv.element_size(), 4), tile(work.head_size)]
+    if work.padded or logit_scale is not None:
+        return found
+    return found._replace(forward=found.plain_forward or found.forward, backward=found.plain_backward or found.backward)
 
 
 @triton.jit
@@ -176,7 +200,7 @@ def forward(
     out = qkv.new_empty((*grid, num_heads * work.head_size))
     if out.numel() == 0:
         return out
-    configuration = configuration_of(qkv, work)
+    configuration = configuration_of(qkv, work, logit_scale)
     with on_device_of(qkv):
         arguments = _arguments(
             qkv, bias_table, logit_scale, pad_value, window_h, window_w, shift_h, shift_w, scale, work, kinds=1
@@ -244,7 +268,7 @@ def backward(
                 "num_heads": num_heads,
             }
             launch = _launch_backward if work.whole else _launch_blocked_backward
-            launch(arguments, partials, work, configuration_of(qkv, work))
+            launch(arguments, partials, work, configuration_of(qkv, work, logit_scale))
     return (
         grad_qkv,
         _table_gradient(partials["table"], bias_table, window_h, window_w) if needs_table else grad_out.new_empty(0),

@@ -22,7 +22,8 @@ from simmim_fast.ops.shifted_window_attention import reference
 WHOLE_TOKENS = 64
 WHOLE_HEAD_SIZE = 32
 HALF_BLOCKS = {32: (64, 64), 64: (32, 64), 128: (32, 32)}  # by the most channels of a head
-BLOCKS = {2: HALF_BLOCKS, 4: dict.fromkeys(HALF_BLOCKS, (32, 32)), 8: dict.fromkeys(HALF_BLOCKS, (16, 16))}
+SINGLE_BLOCKS = {64: (32, 32), 128: (16, 16)}
+BLOCKS = {2: HALF_BLOCKS, 4: SINGLE_BLOCKS, 8: {128: (16, 16)}}  # by bytes of an element
 MAX_TOKENS = 256
 MAX_HEAD_SIZE = 128
 CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
