@@ -131,3 +131,10 @@ def test_launches_are_those_that_a_gpu_of_the_capability_gets(capability: int) -
 
 def test_the_committed_page_is_made_of_the_committed_rows() -> None:
     assert PAGE.read_text("utf-8") == render(read_rows(resources.ROWS))
+
+
+def test_nothing_spills_at_the_shapes_of_the_released_models() -> None:
+    rows = read_rows(resources.ROWS)
+    latest = {tuple(row.get(name) for name in ("capability", "op", "case", "dtype", "direction")): row for row in rows}
+    of_all = [facts for row in latest.values() for facts in row.get("launches", row.get("kernels"))]
+    assert {(facts["spills"], facts["stack"]) for facts in of_all} == {(0, 0)}
