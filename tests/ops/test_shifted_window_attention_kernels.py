@@ -21,6 +21,8 @@ from tests.ops.shifted_window_operators import operator_arguments, operators
 from tests.ops.targets import Target
 
 BF16, FP32 = torch.bfloat16, torch.float32
+SHORT = {BF16: "bf16", FP32: "fp32"}
+README = Path(kernels.__file__).with_name("README.md").read_text("utf-8")
 
 
 def test_says_what_its_backends_do_not_take() -> None:
@@ -102,7 +104,6 @@ README_ROWS = [
 
 @pytest.mark.parametrize(("layer", "case"), README_ROWS)
 def test_readme_states_the_bytes(layer: str, case: dict) -> None:
-    readme = Path(kernels.__file__).with_name("README.md").read_text()
     forward, backward = operators(Target("triton"))
     arguments, backward_arguments = operator_arguments(**case, dtype=BF16, parameter_dtype=FP32, device="meta")
     for direction, operator, args in (("forward", forward, arguments), ("backward", backward, backward_arguments)):
@@ -117,7 +118,7 @@ def test_readme_states_the_bytes(layer: str, case: dict) -> None:
             operator(*args)
         gigaflops = counter.get_total_flops() / 1e9
         row = f"| {layer} | {direction} | {gigaflops:.2f} | {counted / 1e6:.1f} | {least / 1e6:.1f} |"
-        assert row in readme, row
+        assert row in README, row
 
 
 PRODUCTS = {
@@ -193,6 +194,8 @@ def compiled_cases() -> Iterator[Any]:
 @pytest.mark.parametrize("case", list(compiled_cases()))
 def test_triton_kernels_compile(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, capability = launches_of(case, monkeypatch), case[-1]
+    over_windows = {name for name, launch in made.items() if "qkv_ptr" in launch.arguments}
+    assert over_windows == {*frugal_kernels(case), *SPILLS.get(case, ())}
     for name in frugal_kernels(case):
         compiled = offline.compile_launch(made[name], capability, tmp_path)
         offline.assert_frugal(compiled, capability)
@@ -239,7 +242,16 @@ def test_spilling_kernels_compile(case: Case, name: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(("case", "name"), spilling_cases())
 def test_readme_states_the_spills(case: Case, name: str) -> None:
     side, head_size, dtype, _, capability = case
-    dtype = {BF16: "bf16", FP32: "fp32"}[dtype]
     instructions, stack = SPILLS[case][name]
-    row = f"| {name} | {side} x {side} | {head_size} | {dtype} | {capability / 10} | {instructions} | {stack} |"
-    assert row in Path(kernels.__file__).with_name("README.md").read_text(), row
+    row = f"| {name} | {side} x {side} | {head_size} | {SHORT[dtype]} | {capability / 10} | {instructions} | {stack} |"
+    assert row in README, row
+
+
+def test_readme_states_what_is_compiled() -> None:
+    capabilities: dict[tuple, list[str]] = {}
+    for *what, capability in MATRIX:
+        capabilities.setdefault(tuple(what), []).append(f"{capability / 10}")
+    for (side, head_size, dtype, variant), some in capabilities.items():
+        form = {PLAIN: "shifted", GENERAL: "shifted, padded, cosine"}[variant]
+        row = f"| {side} x {side} | {head_size} | {SHORT[dtype]} | {form} | {', '.join(some)} |"
+        assert row in README, row
