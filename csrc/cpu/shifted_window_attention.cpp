@@ -5,12 +5,14 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu/grain.h"
 #include "cpu/sum_partials.h"
 
 namespace simmim_fast::shifted_window_attention {
@@ -101,16 +103,24 @@ class Prepared {
   }
 
  private:
+  // For a key and a row of queries the table's rows are neighbours.
   void fill_bias(const Inputs& in) {
     const Sum* table = in.bias_table.template const_data_ptr<Sum>();
     Sum* bias = bias_.template mutable_data_ptr<Sum>();
-    const int64_t tokens = in.grid.tokens();
-    for (int key = 0; key < tokens; ++key)
-      for (int query = 0; query < stride_; ++query) {
-        const Sum* row = query < tokens ? table + in.grid.table_row(query, key) * in.heads : nullptr;
-        for (int64_t head = 0; head < in.heads; ++head)
-          bias[(head * tokens + key) * stride_ + query] = row ? row[head] : 0;
+    const WindowGrid& grid = in.grid;
+    const int64_t tokens = grid.tokens(), rows = grid.table_rows();
+    torch::stable::parallel_for(0, in.heads, grain(tokens * stride_), [&](int64_t begin, int64_t end) {
+      std::vector<Sum> column(rows);
+      for (int64_t head = begin; head < end; ++head) {
+        for (int64_t row = 0; row < rows; ++row) column[row] = table[row * in.heads + head] * Sum(kLog2E);
+        for (int key = 0; key < tokens; ++key) {
+          Sum* to = bias + (head * tokens + key) * stride_;
+          for (int query = 0; query < tokens; query += grid.window_w)
+            std::copy_n(column.data() + grid.table_row(query, key), grid.window_w, to + query);
+          std::fill(to + tokens, to + stride_, Sum(0));
+        }
       }
+    });
   }
 
   void fill_factors(const Inputs& in) {

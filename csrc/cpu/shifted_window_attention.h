@@ -11,6 +11,7 @@
 namespace simmim_fast::shifted_window_attention {
 
 constexpr int64_t kHeadsPerUnit = 4;  // heads that one unit of work covers
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kChunkWindows = 8;  // windows, of any images, whose sums one unit of the backward adds up
 
 template <typename T>
@@ -21,7 +22,7 @@ struct Args {
   int64_t images, heads, head_size;
   const T* qkv;                // (images, height * width, 3C)
   const T* pad_row;            // (3C) what padding holds
-  const Sum* bias;             // (heads, N, bias_stride) by key and query
+  const Sum* bias;             // (heads, N, bias_stride) by key and query, times log2(e)
   int64_t bias_stride;         // N rounded up to whole vectors
   const Sum* factors;          // (heads) of the logits
   bool cosine;                 // whether queries and keys are normalised

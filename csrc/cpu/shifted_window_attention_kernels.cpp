@@ -22,7 +22,7 @@ void forward_tile(Tile& tile, const ForwardArgs<T>& args) {
   tile.load_keys(kValue, tile.keys);
   tile.sum_over_keys(tile.logits, nullptr, tile.keys);
   for (int64_t m = 0; m < tile.sizes.queries(); ++m) {
-    const int64_t row = tile.window.outputs[m];
+    const int64_t row = tile.window->outputs[m];
     if (row < 0) continue;
     T* out = args.out + row * tile.channels + tile.head * tile.sizes.head_size();
     tile.store_row(tile.result + m * tile.sizes.head_stride(), tile.inverse_sums[m], out);
@@ -32,10 +32,17 @@ void forward_tile(Tile& tile, const ForwardArgs<T>& args) {
 template <class Tile, typename T>
 void forward_units(const ForwardArgs<T>& args, int64_t begin, int64_t end) {
   Tile tile(args);
+  const auto window = [&](int64_t unit) { return unit / args.head_units(); };
+  const auto first_head = [&](int64_t unit) { return unit % args.head_units() * kHeadsPerUnit; };
+  tile.next->move_to(args, window(begin));
   for (int64_t unit = begin; unit < end; ++unit) {
-    tile.window.move_to(args, unit / args.head_units());
-    const int64_t first = unit % args.head_units() * kHeadsPerUnit, last = smaller(first + kHeadsPerUnit, args.heads);
-    for (tile.head = first; tile.head < last; ++tile.head) forward_tile(tile, args);
+    tile.enter();
+    if (unit + 1 < end) tile.announce(window(unit + 1), first_head(unit + 1), {args.qkv}, {args.out});
+    const int64_t first = first_head(unit), last = smaller(first + kHeadsPerUnit, args.heads);
+    for (tile.head = first; tile.head < last; ++tile.head) {
+      tile.fetch.rewind((tile.head - first) * tile.row_bytes());
+      forward_tile(tile, args);
+    }
   }
 }
 
@@ -54,20 +61,37 @@ class Backward {
         values_(tile_.sizes.keys() * tile_.sizes.row_stride()),
         grad_out_(tile_.sizes.queries() * tile_.sizes.row_stride()),
         grad_logits_(tile_.sizes.keys() * tile_.sizes.query_stride()),
-        bias_sums_(args.table_sums ? kHeadsPerUnit * bias_size_ : 0) {}
+        bias_sums_(args.table_sums ? kHeadsPerUnit * bias_size_ : 0) {
+    tile_.clear_unwritten(grad_logits_);
+  }
 
-  // The heads of one unit in the windows of its chunk.
-  void run(int64_t unit) {
+  void run(int64_t begin, int64_t end) {
+    tile_.next->move_to(args_, first_window(begin));
+    for (int64_t unit = begin; unit < end; ++unit) run_unit(unit, end);
+  }
+
+ private:
+  int64_t first_window(int64_t unit) const { return unit / args_.head_units() * kChunkWindows; }
+  int64_t first_head(int64_t unit) const { return unit % args_.head_units() * kHeadsPerUnit; }
+
+  // The heads of one unit in the windows of its chunk. Units go up to `end`.
+  void run_unit(int64_t unit, int64_t end) {
     chunk_ = unit / args_.head_units();
-    first_head_ = unit % args_.head_units() * kHeadsPerUnit;
+    first_head_ = first_head(unit);
     const int64_t last_head = smaller(first_head_ + kHeadsPerUnit, args_.heads);
-    const int64_t first_window = chunk_ * kChunkWindows;
-    const int64_t last_window = smaller(first_window + kChunkWindows, args_.windows());
+    const int64_t last_window = smaller(first_window(unit) + kChunkWindows, args_.windows());
     if (args_.table_sums) __builtin_memset(bias_sums_, 0, kHeadsPerUnit * bias_size_ * sizeof(Sum));
     for (int64_t head = 0; head < kHeadsPerUnit; ++head) factor_sums_[head] = 0;
-    for (int64_t index = first_window; index < last_window; ++index) {
-      tile_.window.move_to(args_, index);
-      for (tile_.head = first_head_; tile_.head < last_head; ++tile_.head) run_tile();
+    for (int64_t index = first_window(unit); index < last_window; ++index) {
+      tile_.enter();
+      if (index + 1 < last_window)
+        announce(unit, index + 1);
+      else if (unit + 1 < end)
+        announce(unit + 1, first_window(unit + 1));
+      for (tile_.head = first_head_; tile_.head < last_head; ++tile_.head) {
+        tile_.fetch.rewind((tile_.head - first_head_) * tile_.row_bytes());
+        run_tile();
+      }
     }
     for (int64_t head = first_head_; head < last_head; ++head) {
       if (args_.table_sums) store_table_sums(head);
@@ -75,7 +99,10 @@ class Backward {
     }
   }
 
- private:
+  void announce(int64_t unit, int64_t window) {
+    tile_.announce(window, first_head(unit), {args_.qkv, args_.grad_qkv}, {args_.grad_out});
+  }
+
   void run_tile() {
     tile_.load_keys(kValue, values_);
     load_grad_out();
@@ -97,7 +124,7 @@ class Backward {
   void load_grad_out() {
     const int64_t stride = tile_.sizes.row_stride();
     for (int64_t m = 0; m < tile_.sizes.queries(); ++m) {
-      const int64_t row = tile_.window.outputs[m];
+      const int64_t row = tile_.window->outputs[m];
       const T* from = args_.grad_out + row * tile_.channels + tile_.head * tile_.sizes.head_size();
       if (row < 0)
         __builtin_memset(grad_out_ + m * stride, 0, stride * sizeof(Operand));
@@ -147,7 +174,7 @@ class Backward {
     }
     for (int64_t n = 0; n < tile_.sizes.keys(); ++n)
       for (int64_t m = 0; m < tile_.sizes.queries(); ++m)
-        sums[n * args_.bias_stride + tile_.window.slots[m]] += grad_logits_[n * stride + m];
+        sums[n * args_.bias_stride + tile_.window->slots[m]] += grad_logits_[n * stride + m];
   }
 
   void value_gradients() {
@@ -169,7 +196,7 @@ class Backward {
     tile_.sum_over_keys(grad_logits_, args_.cosine ? tile_.key_factors.get() : nullptr, tile_.keys);
     if (args_.query_slots) clear_query_gradients();
     for (int64_t m = 0; m < tile_.sizes.queries(); ++m) {
-      const int64_t slot = tile_.window.slots[m];
+      const int64_t slot = tile_.window->slots[m];
       if (args_.cosine) project(m, slot, kQuery, tile_.query_factors[m]);
       store_gradient(m, slot, kQuery, factor);
     }
@@ -189,7 +216,7 @@ class Backward {
   // Row `index` of the result, times a factor, is the gradient of a slot. A query that is padding has none.
   void store_gradient(int64_t index, int64_t slot, Part part, Sum factor) {
     const Sum* from = tile_.result + index * tile_.sizes.head_stride();
-    const int64_t token = tile_.window.tokens[slot];
+    const int64_t token = tile_.window->tokens[slot];
     const int64_t at = part * tile_.channels + tile_.head * tile_.sizes.head_size();
     if (token >= 0) {
       tile_.store_row(from, factor, args_.grad_qkv + token * 3 * tile_.channels + at);
@@ -201,7 +228,7 @@ class Backward {
 
   void clear_query_gradients() {
     for (int64_t n = 0; n < tile_.sizes.keys(); ++n) {
-      const int64_t token = tile_.window.tokens[n];
+      const int64_t token = tile_.window->tokens[n];
       if (token < 0) continue;
       T* to = args_.grad_qkv + token * 3 * tile_.channels + tile_.head * tile_.sizes.head_size();
       __builtin_memset(to, 0, tile_.sizes.head_size() * sizeof(T));
@@ -235,7 +262,7 @@ class Backward {
 template <class Tile, typename T>
 void backward_units(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
   Backward<Tile, T> backward(args);
-  for (int64_t unit = begin; unit < end; ++unit) backward.run(unit);
+  backward.run(begin, end);
 }
 
 // Calls run(Type<Tile>) with the tile for these sizes: those of the official models' windows are known when compiling.

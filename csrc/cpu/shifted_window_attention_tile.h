@@ -13,8 +13,8 @@ namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
 
 using shifted_window_attention::Args;
+using shifted_window_attention::kLog2E;
 
-constexpr int64_t kCacheLine = 64;
 constexpr double kSmallestNorm = 1e-12;
 constexpr double kBetweenRegions = -100.0;
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -28,6 +28,8 @@ struct Sizes {
   static constexpr int64_t kVector = kLanes<typename Math::Sum>;
   static constexpr int64_t kRowStride = kTokens ? (kHeadSize / Math::kPer + kVector - 1) / kVector * kVector : 0;
   static constexpr int64_t kQueryStride = kTokens ? (kTokens + kVector - 1) / kVector * kVector : 0;
+  // Whether the queries fill no more than half of the last vector, and half a vector costs less than a whole one.
+  static constexpr bool kHalf = kVectorBytes == 64 && kTokens % kVector > 0 && kTokens % kVector <= kVector / 2;
 
   int64_t any_keys, any_queries, any_head_size;
 
@@ -91,7 +93,9 @@ class Tile {
       : args(args),
         sizes{args.grid.tokens(), args.queries, args.head_size},
         channels(args.heads * args.head_size),
-        window(args),
+        windows{Window<T>(args), Window<T>(args)},
+        fetch(kRowsPerToken * sizes.keys() * ceil_div(row_bytes(), kCacheLine),
+              larger(sizes.row_stride(), sizes.keys()), reinterpret_cast<const char*>(args.qkv)),
         keys(sizes.keys() * sizes.row_stride()),
         queries(sizes.queries() * sizes.row_stride()),
         across(sizes.row_operands() * sizes.query_stride()),
@@ -103,11 +107,42 @@ class Tile {
         chosen_bias(args.query_slots ? sizes.keys() * sizes.query_stride() : 0),
         key_factors(sizes.keys()),
         query_factors(sizes.query_stride()),
-        inverse_sums(sizes.query_stride()) {}
+        inverse_sums(sizes.query_stride()) {
+    clear_unwritten(logits);
+  }
+
+  // Lanes of (N, M) past M that multiply_across() leaves as they are; what they hold is dropped.
+  void clear_unwritten(Sum* at) const {
+    if (TileSizes::kHalf) __builtin_memset(at, 0, sizes.keys() * sizes.query_stride() * sizeof(Sum));
+  }
+
+  int64_t row_bytes() const { return sizes.head_size() * int64_t(sizeof(T)); }
+
+  // The next window becomes the present one.
+  void enter() {
+    Window<T>* entered = next;
+    next = window;
+    window = entered;
+    fetch.clear();
+    fetch.finish();
+  }
+
+  // Moves the next window, and lists its rows of qkv, of further (tokens, 3C) and of (outputs, C), from a head on.
+  void announce(int64_t index, int64_t first_head, std::initializer_list<const T*> like_qkv,
+                std::initializer_list<const T*> like_out) {
+    next->move_to(args, index);
+    fetch.clear();
+    for (const T* rows : like_qkv)
+      for (int64_t part = 0; part < 3; ++part)
+        add_rows(next->tokens, sizes.keys(), rows + part * channels + first_head * sizes.head_size(), 3 * channels);
+    for (const T* rows : like_out)
+      add_rows(next->outputs, sizes.queries(), rows + first_head * sizes.head_size(), channels);
+    fetch.finish();
+  }
 
   // Row of q, k or v (D) of a slot.
   const T* row(int64_t slot, Part part) const {
-    const int64_t token = window.tokens[slot];
+    const int64_t token = window->tokens[slot];
     const T* all = token < 0 ? args.pad_row : args.qkv + token * 3 * channels;
     return all + part * channels + head * sizes.head_size();
   }
@@ -116,24 +151,21 @@ class Tile {
     for (int64_t n = 0; n < sizes.keys(); ++n) load_row(row(n, part), to + n * sizes.row_stride());
   }
 
-  // Loads a row of this head and fetches that of the next head, which lies beside it.
   void load_row(const T* from, Operand* to) const {
-    for (int64_t d = 0; d < sizes.head_size(); d += kCacheLine / int64_t(sizeof(T)))
-      __builtin_prefetch(from + sizes.head_size() + d);
     Operands<Math>::load_row(from, sizes.head_size(), to, sizes.row_stride());
   }
 
   void load_queries() {
     for (int64_t m = 0; m < sizes.queries(); ++m)
-      load_row(row(window.slots[m], kQuery), queries + m * sizes.row_stride());
+      load_row(row(window->slots[m], kQuery), queries + m * sizes.row_stride());
   }
 
   // to (N, M) = keys (N, D) * rows (M, D)'.
   void multiply_across(const Operand* key_rows, const Operand* rows, Sum* to) {
     transpose<Operand>(rows, sizes.queries(), sizes.row_stride(), across, sizes.query_stride(), sizes.row_operands());
-    multiply<Math, false, TileSizes::kRowStride>({key_rows, sizes.row_stride(), across, sizes.query_stride(), to,
-                                                  sizes.query_stride(), sizes.keys(), sizes.query_stride() / kVector,
-                                                  sizes.row_operands()});
+    multiply<Math, false, TileSizes::kRowStride, true, TileSizes::kHalf>(
+        {key_rows, sizes.row_stride(), across, sizes.query_stride(), to, sizes.query_stride(), sizes.keys(),
+         sizes.query_stride() / kVector, sizes.row_operands(), false, &fetch});
   }
 
   // result (M, D) = from (N, M)' * rows (N, D); a factor for each key where given.
@@ -142,9 +174,9 @@ class Tile {
         Operands<Math>::sum_over_rows(from, sizes.keys(), sizes.query_stride(), factors, packed_logits);
     const Operand* right =
         Operands<Math>::along_rows(rows, sizes.keys(), sizes.row_stride(), packed_rows, sizes.head_stride());
-    multiply<Math, true, TileSizes::kQueryStride>({left, sizes.query_stride(), right, sizes.head_stride(), result,
-                                                   sizes.head_stride(), sizes.queries(), sizes.head_stride() / kVector,
-                                                   sizes.key_operands()});
+    multiply<Math, true, TileSizes::kQueryStride, true>(
+        {left, sizes.query_stride(), right, sizes.head_stride(), result, sizes.head_stride(), sizes.queries(),
+         sizes.head_stride() / kVector, sizes.key_operands(), false, &fetch});
   }
 
   // result (N, D) = from (N, M) * rows (M, D); a factor for each query where given.
@@ -153,22 +185,18 @@ class Tile {
         Operands<Math>::sum_over_columns(from, sizes.keys(), sizes.query_stride(), factors, packed_logits);
     const Operand* right =
         Operands<Math>::along_rows(rows, sizes.queries(), sizes.row_stride(), packed_rows, sizes.head_stride());
-    multiply<Math, false, TileSizes::kQueryStride / Math::kPer>(
+    multiply<Math, false, TileSizes::kQueryStride / Math::kPer, true>(
         {left, sizes.query_stride() / Math::kPer, right, sizes.head_stride(), result, sizes.head_stride(), sizes.keys(),
-         sizes.head_stride() / kVector, sizes.query_operands()});
+         sizes.head_stride() / kVector, sizes.query_operands(), false, &fetch});
   }
 
   // logits (N, M): products of keys and queries -> exp(logit - the query's maximum), inverse_sums (M).
   void softmax() {
-    prepare_factors();
-    const Sum* head_bias = args.query_slots ? choose_bias() : args.bias + head * sizes.keys() * args.bias_stride;
-    const int64_t bias_stride = args.query_slots ? sizes.query_stride() : args.bias_stride;
-    for (int64_t m = 0; m < sizes.query_stride(); m += kVector) {
-      if (window.has_regions)
-        softmax_columns<true>(head_bias + m, bias_stride, m);
-      else
-        softmax_columns<false>(head_bias + m, bias_stride, m);
-    }
+    if (args.cosine) prepare_factors();
+    if (window->has_regions)
+      softmax_all<true>();
+    else
+      softmax_all<false>();
   }
 
   // A row of the result, or of a gradient, times a factor.
@@ -182,7 +210,9 @@ class Tile {
   const TileSizes sizes;
   const int64_t channels;
   int64_t head = 0;
-  Window<T> window;
+  Window<T> windows[2];
+  Window<T>*window = &windows[0], *next = &windows[1];
+  FetchList fetch;                // rows of the next window, of its first head in this unit of work
   Buffer<Operand> keys, queries;  // (N, D), (M, D)
   Buffer<Operand> across;         // (D, M)
   Buffer<Sum> logits;             // (N, M)
@@ -190,11 +220,18 @@ class Tile {
   Buffer<Sum> result;         // (N or M, D)
   Buffer<Sum> cosines;        // (N, M) times the factor
   Buffer<Sum> chosen_bias;    // (N, M)
-  Buffer<Sum> key_factors;    // (N) 1 / |k|, or 1
-  Buffer<Sum> query_factors;  // (M) 1 / |q|, or 1
+  Buffer<Sum> key_factors;    // (N) 1 / |k|
+  Buffer<Sum> query_factors;  // (M) 1 / |q|
   Buffer<Sum> inverse_sums;   // (M)
 
  private:
+  static constexpr int64_t kRowsPerToken = 7;  // the backward's: q, k, v, their gradients and that of out
+
+  void add_rows(const int64_t* indices, int64_t count, const T* rows, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i)
+      if (indices[i] >= 0) fetch.add(rows + indices[i] * stride, row_bytes());
+  }
+
   Sum inverse_norm(const T* from) const {
     double sum = 0;
     for (int64_t d = 0; d < sizes.head_size(); ++d) sum += double(Sum(from[d])) * Sum(from[d]);
@@ -203,9 +240,9 @@ class Tile {
   }
 
   void prepare_factors() {
-    for (int64_t n = 0; n < sizes.keys(); ++n) key_factors[n] = args.cosine ? inverse_norm(row(n, kKey)) : 1;
+    for (int64_t n = 0; n < sizes.keys(); ++n) key_factors[n] = inverse_norm(row(n, kKey));
     for (int64_t m = 0; m < sizes.query_stride(); ++m)
-      query_factors[m] = args.cosine && m < sizes.queries() ? inverse_norm(row(window.slots[m], kQuery)) : 1;
+      query_factors[m] = m < sizes.queries() ? inverse_norm(row(window->slots[m], kQuery)) : 1;
   }
 
   // (N, M): the columns of the chosen queries.
@@ -214,24 +251,42 @@ class Tile {
     for (int64_t n = 0; n < sizes.keys(); ++n)
       for (int64_t m = 0; m < sizes.query_stride(); ++m)
         chosen_bias[n * sizes.query_stride() + m] =
-            m < sizes.queries() ? all[n * args.bias_stride + window.slots[m]] : 0;
+            m < sizes.queries() ? all[n * args.bias_stride + window->slots[m]] : 0;
     return chosen_bias;
   }
 
   template <bool kRegions>
+  void softmax_all() {
+    const Sum* head_bias = args.query_slots ? choose_bias() : args.bias + head * sizes.keys() * args.bias_stride;
+    const int64_t bias_stride = args.query_slots ? sizes.query_stride() : args.bias_stride;
+    for (int64_t m = 0; m < sizes.query_stride(); m += kVector) {
+      if (args.cosine)
+        softmax_columns<kRegions, true>(head_bias + m, bias_stride, m);
+      else
+        softmax_columns<kRegions, false>(head_bias + m, bias_stride, m);
+    }
+  }
+
+  // Logits times log2(e), as bias is, so that powers are those of 2.
+  template <bool kRegions, bool kCosine>
   void softmax_columns(const Sum* bias, int64_t bias_stride, int64_t m) {
     const int64_t stride = sizes.query_stride();
-    const Vec<Sum> factor = load<Sum>(query_factors + m) * args.factors[head];
-    const Vec<Sum> regions = load<Sum>(window.query_regions + m);
+    const Sum head_factor = args.factors[head];
+    const Vec<Sum> factor = kCosine ? load<Sum>(query_factors + m) * head_factor : broadcast(head_factor * Sum(kLog2E));
+    const Vec<Sum> regions = load<Sum>(window->query_regions + m);
     Vec<Sum> largest = broadcast(Sum(-__builtin_inf()));
     for (int64_t n = 0; n < sizes.keys(); ++n) {
       Sum* at = logits + n * stride + m;
-      const Vec<Sum> product = load(at) * (factor * key_factors[n]);
-      if (args.cosine) store<Sum>(cosines + n * stride + m, product);
-      Vec<Sum> logit = product + load(bias + n * bias_stride);
+      Vec<Sum> logit = load(at) * factor;
+      if constexpr (kCosine) {
+        logit = load(at) * (factor * key_factors[n]);
+        store<Sum>(cosines + n * stride + m, logit);
+        logit *= Sum(kLog2E);
+      }
+      logit += load(bias + n * bias_stride);
       if constexpr (kRegions) {
-        const Vec<Sum> between = logit + Sum(kBetweenRegions);
-        logit = regions == window.key_regions[n] ? logit : between;
+        const Vec<Sum> between = logit + Sum(kBetweenRegions * kLog2E);
+        logit = regions == window->key_regions[n] ? logit : between;
       }
       store(at, logit);
       largest = maximum<Sum>(logit, largest);
@@ -239,7 +294,7 @@ class Tile {
     Vec<Sum> sum = {};
     for (int64_t n = 0; n < sizes.keys(); ++n) {
       Sum* at = logits + n * stride + m;
-      const Vec<Sum> power = exp(load(at) - largest);
+      const Vec<Sum> power = exp2(load(at) - largest);
       store(at, power);
       sum += power;
     }

@@ -29,6 +29,8 @@ struct VectorOf {
 template <typename T>
 using Vec = typename VectorOf<T>::type;
 template <typename T>
+using HalfVec = typename VectorOf<T>::half;
+template <typename T>
 constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
 template <typename T>
@@ -44,8 +46,30 @@ inline void store(T* to, Vec<T> value) {
 }
 
 template <typename T>
+inline HalfVec<T> load_half(const T* from) {
+  HalfVec<T> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <typename T>
+inline void store_half(T* to, HalfVec<T> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <typename T>
 inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};
+}
+
+template <typename T, size_t... kLane>
+inline HalfVec<T> lower_half(Vec<T> value, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(value, value, kLane...);
+}
+
+template <typename T>
+inline HalfVec<T> lower_half(Vec<T> value) {
+  return lower_half<T>(value, std::make_index_sequence<kLanes<T> / 2>{});
 }
 
 template <typename T>
@@ -59,7 +83,7 @@ inline Vec<Sum> widen(const T* from) {
   if constexpr (std::is_same_v<T, Sum>) {
     return load(from);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    typename VectorOf<uint16_t>::half bits;
+    HalfVec<uint16_t> bits;
     __builtin_memcpy(&bits, from, sizeof(bits));
     return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
   } else {
@@ -90,7 +114,7 @@ inline void narrow(T* to, Vec<Sum> value) {
 #if defined(__AVX512BF16__)
     const auto half = _mm512_cvtneps_pbh(value);
 #else
-    const auto half = __builtin_convertvector(round_to_bfloat16(value), typename VectorOf<uint16_t>::half);
+    const auto half = __builtin_convertvector(round_to_bfloat16(value), HalfVec<uint16_t>);
 #endif
     __builtin_memcpy(to, &half, sizeof(half));
   } else {
@@ -129,22 +153,14 @@ inline Vec<float> power_of_two(Vec<float> f, Vec<float> n) {
 
 // 2^x for x <= 0; NaN stays NaN.
 inline Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512F__)
+  x = _mm512_max_ps(broadcast(-160.0f), x);  // the second operand where one of them is NaN
+  const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+#else
   x = x < -160.0f ? broadcast(-160.0f) : x;
   const Vec<float> n = (x + kToInteger) - kToInteger;
+#endif
   return power_of_two(x - n, n);
-}
-
-// e^x for x <= 0; NaN stays NaN. n ln(2) is subtracted in two parts, the first of them exact.
-inline Vec<float> exp(Vec<float> x) {
-  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
-  x = x < -110.0f ? broadcast(-110.0f) : x;
-  const Vec<float> n = (x * kLog2E + kToInteger) - kToInteger;
-  return power_of_two(((x - n * kLn2) - n * kLn2Rest) * kLog2E, n);
-}
-
-inline Vec<double> exp(Vec<double> x) {
-  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
-  return x;
 }
 
 inline Vec<double> exp2(Vec<double> x) {
