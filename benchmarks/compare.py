@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, ROOT, read_rows
+from benchmarks.tables import machine
 from benchmarks.trainees import FAST
 
 FILES = ("step", "ops")
@@ -36,12 +37,10 @@ def ratios(rows: Iterable[Mapping[str, Any]], commit: str) -> dict[tuple[str, ..
     """
     found = {}
     for row in rows:
-        facts = row["conditions"]
-        if not str(facts["commit"]).startswith(commit) or row.get("contestant") not in OURS:
+        if not str(row["conditions"]["commit"]).startswith(commit) or row.get("contestant") not in OURS:
             continue
         given = {name: row["arguments"][name] for name in ("model", "dtype", "batch") if name in row["arguments"]}
-        machine = facts["gpus"][0]["name"] if row["arguments"]["device"] == "cuda" else facts["cpu"]
-        what = json.dumps([row["benchmark"], row.get("op"), row.get("case"), given, machine])
+        what = json.dumps([row["benchmark"], row.get("op"), row.get("case"), given, machine(row)])
         for opponent, ratio in row.get("times_faster_than", {}).items():
             if opponent not in OURS:
                 found[what, row["contestant"], opponent] = ratio

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.tables import Row, grouped, latest, mean_loss
+from benchmarks.tables import Row, grouped, latest, machine, mean_loss
 from benchmarks.trainees import FAST
 from simmim_fast.report.figures import INK, MUTED, new_figure
 
@@ -27,7 +27,7 @@ def svg(figure: Any) -> str:
 
 
 def step_plot(rows: Sequence[Row], device: str) -> str | None:
-    """Images/s of everyone and, on a GPU, the peak of the memory; a row of panels a model, dtype and batch."""
+    """Images/s of everyone and, on a GPU, the peak of the memory; panels a model, dtype, batch and machine."""
     groups = grouped(row for row in latest(rows, "step", device) if row["same_method"])
     if not groups:
         return None
@@ -35,13 +35,13 @@ def step_plot(rows: Sequence[Row], device: str) -> str | None:
     heights = [len(group) + 2 for group in groups.values()]
     figure = new_figure(4.6 * panels + 1.2, 0.26 * sum(heights))
     axes = figure.subplots(len(groups), panels, squeeze=False, height_ratios=heights)
-    for line, ((model, dtype, batch), group) in zip(axes, groups.items(), strict=True):
+    for line, ((model, dtype, batch, place), group) in zip(axes, groups.items(), strict=True):
         rates = [row["images_per_second"] for row in group]
         values = [rate["median"] for rate in rates]
         spread = [[rate["median"] - rate["p20"] for rate in rates], [rate["p80"] - rate["median"] for rate in rates]]
-        _bars(line[0], group, values, f"{model}, {dtype}, batch {batch}: images/s", spread)
+        _bars(line[0], group, values, f"{model}, {dtype}, batch {batch}: images/s\n{place}", spread)
         if panels == 2:
-            _bars(line[1], group, [row["peak_bytes"] / 2**30 for row in group], "peak memory, GiB")
+            _bars(line[1], group, [row["peak_bytes"] / 2**30 for row in group], "peak memory, GiB\n")
     return svg(figure)
 
 
@@ -73,7 +73,10 @@ def parity_plot(rows: Sequence[Row], device: str) -> str | None:
                 below.plot(steps, apart, color=RUN_COLOURS[run], linewidth=0.8, label=run)
         given = row["arguments"]
         above.set_title(
-            f"{given['model']}, {given['dtype']}, batch {given['batch']}", fontsize=9, color=INK, loc="left"
+            f"{given['model']}, {given['dtype']}, batch {given['batch']}; {machine(row)}",
+            fontsize=9,
+            color=INK,
+            loc="left",
         )
         above.set_ylabel(f"loss, mean of {SMOOTHED} steps", color=INK, fontsize=8)
         below.set_ylabel("distance from the reference's loss", color=INK, fontsize=8)
@@ -86,35 +89,28 @@ def parity_plot(rows: Sequence[Row], device: str) -> str | None:
 
 
 def roofline_plot(rows: Sequence[Row], device: str) -> str | None:
-    """GFLOP/s of the ops over the FLOPs that they do a byte, under what the machine reaches; a panel a dtype."""
-    timed = [row for row in latest(_by_case(rows), "op", device) if "limits" in row and row["gflop_per_s"] > 0]
-    dtypes = sorted({row["arguments"]["dtype"] for row in timed})
-    if not timed:
+    """GFLOP/s of the ops over the FLOPs that they do a byte, under their ceilings; a panel a dtype and machine."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in latest(rows, "op", device):
+        if "limits" in row and row["gflop_per_s"] > 0:
+            panels.setdefault((row["arguments"]["dtype"], machine(row)), []).append(row)
+    if not panels:
         return None
-    figure = new_figure(5.2 * len(dtypes), 4.0)
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
-        shown = [row for row in timed if row["arguments"]["dtype"] == dtype]
-        _roof(axes, shown)
+    figure = new_figure(5.2 * len(panels), 4.0)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for one, ((dtype, place), shown) in zip(axes, sorted(panels.items(), key=lambda panel: panel[0]), strict=True):
+        _roof(one, shown)
         for name in dict.fromkeys(row["contestant"] for row in shown):
             own = [row for row in shown if row["contestant"] == name]
             x, y = [row["gflop_per_s"] / row["gb_per_s"] for row in own], [row["gflop_per_s"] for row in own]
             style = {"color": OURS if name in ("native", "triton") else MUTED, "marker": MARKERS.get(name, ".")}
-            axes.scatter(x, y, s=18, label=name, linewidth=1, **style)
-        axes.set_title(f"{dtype}, {device}", fontsize=9, color=INK, loc="left")
-        axes.set_xlabel("FLOP a byte", color=INK, fontsize=8)
-        axes.set_ylabel("GFLOP/s", color=INK, fontsize=8)
-        axes.legend(fontsize=7, frameon=False)
-        _plain(axes)
+            one.scatter(x, y, s=18, label=name, linewidth=1, **style)
+        one.set_title(f"{dtype}, {place}", fontsize=9, color=INK, loc="left")
+        one.set_xlabel("FLOP a byte", color=INK, fontsize=8)
+        one.set_ylabel("GFLOP/s", color=INK, fontsize=8)
+        one.legend(fontsize=7, frameon=False)
+        _plain(one)
     return svg(figure)
-
-
-def _by_case(rows: Sequence[Row]) -> list[Row]:
-    """Rows of ops whose arguments name op and case, too."""
-    return [
-        {**row, "arguments": {**row["arguments"], "op": row["op"], "case": row["case"]}}
-        for row in rows
-        if row["benchmark"] == "op"
-    ]
 
 
 def _roof(axes: Any, shown: Sequence[Row]) -> None:

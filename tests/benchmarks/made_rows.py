@@ -22,6 +22,11 @@ def row(benchmark: str, device: str, contestant: str | None = None, **facts: Any
     return {**whole, "conditions": CONDITIONS, **facts}
 
 
+def at(made: dict[str, Any], **conditions: Any) -> dict[str, Any]:
+    """The row as if measured under other conditions."""
+    return {**made, "conditions": {**made["conditions"], **conditions}}
+
+
 def step_row(
     device: str, contestant: str, rate: float, faster: dict[str, float], same: bool = True, **arguments: Any
 ) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def op_row(contestant: str, us: float, device: str = "cuda", case: str = "swin",
 
 
 def loader_row() -> dict[str, Any]:
-    given = {"source": "full", "decoder": "pillow", "workers": 2}
+    given = {"source": "full", "decoder": "pillow", "workers": 2, "img_size": 192}
     rate = {"median": 50.0, "least": 40.0, "most": 60.0}
     return {**row("loader", "cpu"), "arguments": given, "images_per_second": rate}
 
