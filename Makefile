@@ -11,7 +11,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench bench-gpu bench-gpu-full report clean
+.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench bench-gpu bench-gpu-full traffic report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ bench-gpu: $(SETUP) ## GPU tests, then steps, ops and parity on an NVIDIA GPU, i
 
 bench-gpu-full: $(SETUP) ## the same for every model, dtype, batch and contestant, going on where it was cut off
 	@$(BIN)/python -m benchmarks.gpu --full
+
+traffic: $(SETUP) ## count again what a step moves; OFFICIAL=PATH, a checkout of microsoft/SimMIM, for its rows
+	@$(BIN)/python -m benchmarks.traffic --all benchmarks/results/traffic.jsonl $(if $(OFFICIAL),--official $(OFFICIAL))
+	@$(BIN)/python -m benchmarks.report
 
 report: $(SETUP) ## tables and pictures of the stored measurements, in the documents
 	@$(BIN)/python -m benchmarks.report
