@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import aims, measured, ops, plots, tables
+from benchmarks import aims, measured, op_page, plots, tables, traffic_page
 from benchmarks.results import RESULTS, ROOT, read_rows
 from benchmarks.tables import Row
 
@@ -30,7 +30,7 @@ def pages(rows: Sequence[Row], documents: Mapping[str, str]) -> dict[str, str]:
         documents: Texts of the files with sections that are made, by path from the root of the checkout.
 
     Returns:
-        Texts by path: those documents, docs/ops.md, simmim_fast/_measured.py and the pictures.
+        Texts by path: those documents, docs/ops.md, docs/traffic.md, simmim_fast/_measured.py and the pictures.
 
     Raises:
         ValueError: A document names a section that is not made here, or does not end one.
@@ -38,7 +38,8 @@ def pages(rows: Sequence[Row], documents: Mapping[str, str]) -> dict[str, str]:
     pictures = figures(rows)
     made = sections(rows, pictures)
     texts = {path: fill(text, made, path) for path, text in documents.items()}
-    texts["docs/ops.md"] = ops.render([row for row in rows if row["benchmark"].startswith("op")])
+    texts["docs/ops.md"] = op_page.render(rows)
+    texts["docs/traffic.md"] = traffic_page.render(rows)
     texts["simmim_fast/_measured.py"] = measured.render(rows)
     return {**texts, **{str(FIGURES / f"{name}.svg"): text for name, text in pictures.items()}}
 
