@@ -12,7 +12,7 @@ from benchmarks.trainees import CONTESTANTS, FAST
 
 Row = Mapping[str, Any]
 ABSENT = "Not measured yet."
-HOW_OFTEN = ("contestants", "pairs", "rounds")  # arguments that make no other measurement
+HOW_OFTEN = ("contestants", "pairs", "rounds", "official", "case", "host", "tests")  # that make no other measurement
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 _ORDER = {name: place for place, name in enumerate(CONTESTANTS)}
 _GPU_VERSIONS = (("driver", "driver"), ("CUDA", "cuda"))
@@ -211,8 +211,6 @@ def first_screen(rows: Iterable[Row], device: str) -> Iterator[str]:
     A table a machine, of rows of unchanged commits where there are any.
     """
     same = [row for row in latest(rows, "step", device, prefer_clean=True) if row["same_method"]]
-    seen = {row["contestant"] for row in same}
-    opponents = [name for name in OPPONENTS if name in seen]
     tables: dict[str, list[Row]] = {}
     for key, group in grouped(same).items():
         if ours := [row for row in group if row["contestant"] in FAST]:
@@ -220,8 +218,9 @@ def first_screen(rows: Iterable[Row], device: str) -> Iterator[str]:
     if not tables:
         yield from (ABSENT, "")
         return
-    titles = ("step", "ours", "images/s", *(f"than `{name}`" for name in opponents), "commit")
     for shown in tables.values():
+        opponents = [name for name in OPPONENTS if any(name in row["times_faster_than"] for row in shown)]
+        titles = ("step", "ours", "images/s", *(f"than `{name}`" for name in opponents), "commit")
         yield from markdown(titles, (_first_cells(row, opponents) for row in shown))
         yield from ("", f"{where(shown)}.", "")
 
