@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.cases import CASES
-from benchmarks.tables import Row, by_machine, fastest, latest, machine, markdown
+from benchmarks.tables import Row, by_machine, commits, fastest, latest, machine, markdown
 from benchmarks.traffic_page import counted
 from benchmarks.trainees import FAST
 
@@ -41,7 +41,7 @@ Line = tuple[str, ...]
 def aims_table(rows: Sequence[Row]) -> Iterator[str]:
     """A line a figure: asked, reached, and whether that is enough; then what the ratios of the step would take."""
     lines = [*_step_lines(rows), *_gpu_lines(rows), *_traffic_lines(rows), *_op_lines(rows)]
-    yield from markdown(("figure", "asked", "reached", ""), lines)
+    yield from markdown(("figure", "asked", "reached", "", "commit"), lines)
     yield ""
     if needs := list(_needs(rows)):
         yield from (_NEEDS, "")
@@ -49,21 +49,22 @@ def aims_table(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
-def _line(figure: str, sign: str, asked: float, reached: float | None, unit: str = "×") -> Line:
-    """A figure that must be `sign` (≥ or ≤) what is asked; None was not measured."""
-    if reached is None:
-        return figure, f"{sign} {asked:g}{unit}", "-", "not measured"
+def _line(figure: str, sign: str, asked: float, reached: float | None, row: Row | None, unit: str = "×") -> Line:
+    """A figure that must be `sign` (≥ or ≤) what is asked, and the row that it is from; None was not measured."""
+    if row is None or reached is None:
+        return figure, f"{sign} {asked:g}{unit}", "-", "not measured", "-"
     is_met = reached >= asked if sign == "≥" else reached <= asked
-    return figure, f"{sign} {asked:g}{unit}", f"{reached:,.4g}{unit}", "met" if is_met else "missed"
+    return figure, f"{sign} {asked:g}{unit}", f"{reached:,.4g}{unit}", "met" if is_met else "missed", commits(row)
 
 
 def _step_lines(rows: Sequence[Row]) -> Iterator[Line]:
     for model, ratios in STEPS.items():
         for dtype, asked in ratios.items():
             races = _cpu_races(rows, model, dtype)
-            reached = {place: race["fast"]["times_faster_than"]["reference"] for place, race in races.items()}
-            for place, ratio in (reached or {"a CPU": None}).items():
-                yield _line(f"step of {model}, {dtype}, batch 8, on {place}", "≥", asked, ratio)
+            for place, race in (races or {"a CPU": None}).items():
+                fast = None if race is None else race["fast"]
+                ratio = None if fast is None else fast["times_faster_than"]["reference"]
+                yield _line(f"step of {model}, {dtype}, batch 8, on {place}", "≥", asked, ratio, fast)
 
 
 def _cpu_races(rows: Sequence[Row], model: str, dtype: str) -> dict[str, dict[str, Row]]:
@@ -86,8 +87,9 @@ def _gpu_lines(rows: Sequence[Row]) -> Iterator[Line]:
             figure = f"step of {model}, bf16, {how}, on {place}"
             ratios = {} if best is None else best["times_faster_than"]
             for whom in ("reference", "compiled"):
-                yield _line(f"{figure}, than `{whom}`", "≥", asked[whom], ratios.get(whom))
-            yield _line(f"{figure}: MFU", "≥", 100 * asked["MFU"], None if best is None else 100 * best["mfu"], "%")
+                yield _line(f"{figure}, than `{whom}`", "≥", asked[whom], ratios.get(whom), best)
+            mfu = None if best is None else 100 * best["mfu"]
+            yield _line(f"{figure}: MFU", "≥", 100 * asked["MFU"], mfu, best, "%")
 
 
 def _gpu_races(rows: Sequence[Row], model: str) -> dict[str, dict[str, Row]]:
@@ -136,13 +138,13 @@ def _traffic_lines(rows: Sequence[Row]) -> Iterator[Line]:
     for model, (megabytes, calls) in TRAFFIC.items():
         row = found.get((model, "auto", "pointwise", 16))
         moved, called = (None, None) if row is None else (row["bytes"] / 16e6, row["calls"])
-        yield _line(f"traffic of {model} per image, bf16, batch 16", "≤", megabytes, moved, " MB")
-        yield _line(f"calls of {model}, bf16, batch 16", "≤", calls, called, "")
+        yield _line(f"traffic of {model} per image, bf16, batch 16", "≤", megabytes, moved, row, " MB")
+        yield _line(f"calls of {model}, bf16, batch 16", "≤", calls, called, row, "")
         for recompute, asked in SAVED_SHARES.items():
             ours, reference = found.get((model, "auto", recompute, 8)), found.get((model, "reference", None, 8))
             share = ours["saved_bytes"] / reference["saved_bytes"] if ours and reference else None
             what = f'saved for backward by {model}, recompute="{recompute}", bf16, batch 8, of the reference\'s'
-            yield _line(what, "≤", asked, share)
+            yield _line(what, "≤", asked, share, ours)
 
 
 def _op_lines(rows: Sequence[Row]) -> Iterator[Line]:
@@ -151,6 +153,6 @@ def _op_lines(rows: Sequence[Row]) -> Iterator[Line]:
         for dtype, case in itertools.product(asked, CASES[op]):
             found = [row for row in native if (row["op"], row["case"], row["arguments"]["dtype"]) == (op, case, dtype)]
             found = [row for row in found if set(_PLAIN) <= row["times_faster_than"].keys()]
-            reached = {machine(row): min(row["times_faster_than"][name] for name in _PLAIN) for row in found}
-            for place, ratio in (reached or {"a CPU": None}).items():
-                yield _line(f"{op}, {case}, {dtype}, on {place}", "≥", asked[dtype], ratio)
+            for place, row in ({machine(row): row for row in found} or {"a CPU": None}).items():
+                ratio = None if row is None else min(row["times_faster_than"][name] for name in _PLAIN)
+                yield _line(f"{op}, {case}, {dtype}, on {place}", "≥", asked[dtype], ratio, row)

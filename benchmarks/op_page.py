@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.tables import ABSENT, Row, absent, by_machine, commit, latest, markdown, where
+from benchmarks.tables import ABSENT, Row, absent, by_machine, commits, latest, markdown, where
 
 PAGE = """# The ops, forward and backward
 
@@ -43,4 +43,4 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{row['gflop_per_s'] / 1e3:,.3f}" if row["gflop_per_s"] else "-"
     yield f"{100 * row['limit_share']:.0f}%" if "limit_share" in row else "-"
     yield ", ".join(f"{other} {ratio:.2f}" for other, ratio in row["times_faster_than"].items())
-    yield from (str(row["conditions"]["load"]), commit(row))
+    yield from (str(row["conditions"]["load"]), commits(row))

@@ -95,7 +95,7 @@ def markdown(titles: Sequence[str], cells: Iterable[Iterable[str]], texts: int =
 
 def where(rows: Iterable[Row]) -> str:
     """The machine, the versions and the commits that rows were measured with; the rows are of one machine."""
-    sources = [source for row in rows for source in row.get("sources", (row,))]
+    sources = [source for row in rows for source in _sources(row)]
     facts = [source["conditions"] for source in sources]
     parts = [machine(sources[0])]
     if sources[0]["arguments"].get("device") == "cuda":
@@ -105,11 +105,19 @@ def where(rows: Iterable[Row]) -> str:
         parts.append(f"load {least}" if least == most else f"load {least} to {most}")
     dates = _listed(sorted(source["time"][:10] for source in sources))
     versions = f"torch {_listed(one['versions']['torch'] for one in facts)}"
-    return f"{', '.join(parts)}; {versions}; commit {_listed(map(commit, sources))}; {dates}"
+    return f"{', '.join(parts)}; {versions}; commit {_listed(map(_commit, sources))}; {dates}"
 
 
-def commit(row: Row) -> str:
-    """The commit that a row was measured at, and whether files differed from it."""
+def commits(row: Row) -> str:
+    """The commits that the figures of a row were measured at, and whether files differed from them."""
+    return _listed(map(_commit, _sources(row)))
+
+
+def _sources(row: Row) -> Sequence[Row]:
+    return row.get("sources", (row,))
+
+
+def _commit(row: Row) -> str:
     facts = row["conditions"]
     return str(facts["commit"])[:10] + (", files changed since" if facts["dirty"] else "")
 
@@ -231,7 +239,7 @@ def _first_cells(row: Row, opponents: Sequence[str]) -> Iterator[str]:
     yield from (f"`{row['contestant']}`", f"{row['images_per_second']['median']:,.1f}")
     ratios = (row["times_faster_than"].get(name) for name in opponents)
     yield from ("-" if ratio is None else f"{ratio:.2f}×" for ratio in ratios)
-    yield _listed(map(commit, row["sources"]))
+    yield commits(row)
 
 
 def parity_table(rows: Iterable[Row], device: str) -> Iterator[str]:

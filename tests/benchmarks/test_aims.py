@@ -28,10 +28,10 @@ def test_ops() -> None:
 
     made = [op({"eager": 4.0, "compiled": 1.0}, 3), op({"eager": 4.0, "compiled": 3.0}, 4)]
     assert lines(made, "masked_l1_loss, vit_base_224, fp32") == [
-        "| masked_l1_loss, vit_base_224, fp32, on a processor, 2 threads | ≥ 3× | 3× | met |"
+        "| masked_l1_loss, vit_base_224, fp32, on a processor, 2 threads | ≥ 3× | 3× | met | c0ffeec0ff |"
     ]
     assert lines([], "masked_l1_loss, vit_base_224, fp32") == [
-        "| masked_l1_loss, vit_base_224, fp32, on a CPU | ≥ 3× | - | not measured |"
+        "| masked_l1_loss, vit_base_224, fp32, on a CPU | ≥ 3× | - | not measured | - |"
     ]
 
 
@@ -41,12 +41,12 @@ def test_traffic_and_memory() -> None:
     made += [traffic("reference", 8, 1.0, 100.0)]
     saved = 'saved for backward by vit_base_224, recompute="{}", bf16, batch 8, of the reference\'s'
     assert lines(made, "vit_base_224", "≤") == [
-        "| traffic of vit_base_224 per image, bf16, batch 16 | ≤ 620 MB | 620 MB | met |",
-        "| calls of vit_base_224, bf16, batch 16 | ≤ 450 | 451 | missed |",
-        f"| {saved.format('pointwise')} | ≤ 0.6× | 0.59× | met |",
-        f"| {saved.format('mlp')} | ≤ 0.4× | 0.41× | missed |",
+        "| traffic of vit_base_224 per image, bf16, batch 16 | ≤ 620 MB | 620 MB | met | c0ffeec0ff |",
+        "| calls of vit_base_224, bf16, batch 16 | ≤ 450 | 451 | missed | c0ffeec0ff |",
+        f"| {saved.format('pointwise')} | ≤ 0.6× | 0.59× | met | c0ffeec0ff |",
+        f"| {saved.format('mlp')} | ≤ 0.4× | 0.41× | missed | c0ffeec0ff |",
     ]
-    assert all(line.endswith("| - | not measured |") for line in lines(made, "swin_base_192", "≤"))
+    assert all(line.endswith("| - | not measured | - |") for line in lines(made, "swin_base_192", "≤"))
 
 
 def test_steps_and_what_their_ratios_take() -> None:
@@ -56,23 +56,23 @@ def test_steps_and_what_their_ratios_take() -> None:
     other = at({**fast, "times_faster_than": {"reference": 1.31}}, cpu="another")
     made = [fast, {**reference, "mfu": 0.5}, later, other, at(reference, cpu="another")]
     assert lines(made, "step of swin_base_192, fp32") == [
-        "| step of swin_base_192, fp32, batch 8, on a processor, 2 threads | ≥ 1.3× | 1.29× | missed |",
-        "| step of swin_base_192, fp32, batch 8, on another, 2 threads | ≥ 1.3× | 1.31× | met |",
+        "| step of swin_base_192, fp32, batch 8, on a processor, 2 threads | ≥ 1.3× | 1.29× | missed | c0ffeec0ff |",
+        "| step of swin_base_192, fp32, batch 8, on another, 2 threads | ≥ 1.3× | 1.31× | met | c0ffeec0ff |",
     ]
     assert lines(made, "a processor", "`reference`") == [
         "| swin_base_192, fp32, batch 8, on a processor, 2 threads | `reference` | 50% | 1.3× | 65% | 60% |"
     ]
     assert lines(made, "step of swin_base_192, bf16, batch 8") == [
-        "| step of swin_base_192, bf16, batch 8, on a CPU | ≥ 1.5× | - | not measured |"
+        "| step of swin_base_192, bf16, batch 8, on a CPU | ≥ 1.5× | - | not measured | - |"
     ]
 
 
 def test_steps_on_a_gpu_count_at_the_best_batch() -> None:
     figure = "| step of swin_base_192, bf16, best batch, on a GPU"
     assert lines([], "swin_base_192", "on a GPU") == [
-        f"{figure}, than `reference` | ≥ 2.5× | - | not measured |",
-        f"{figure}, than `compiled` | ≥ 1.4× | - | not measured |",
-        f"{figure}: MFU | ≥ 30% | - | not measured |",
+        f"{figure}, than `reference` | ≥ 2.5× | - | not measured | - |",
+        f"{figure}, than `compiled` | ≥ 1.4× | - | not measured | - |",
+        f"{figure}: MFU | ≥ 30% | - | not measured | - |",
     ]
     made = [
         step_row("cuda", "fast", 900.0, {"reference": 9.0, "compiled": 9.0}, batch=64),
@@ -81,8 +81,8 @@ def test_steps_on_a_gpu_count_at_the_best_batch() -> None:
     ]
     figure = "| step of swin_base_192, bf16, batch 128, `fast_graph`, on a GPU"
     assert lines(made, "swin_base_192", "on a GPU") == [
-        f"{figure}, than `reference` | ≥ 2.5× | 2.4× | missed |",
-        f"{figure}, than `compiled` | ≥ 1.4× | - | not measured |",
-        f"{figure}: MFU | ≥ 30% | 25% | missed |",
+        f"{figure}, than `reference` | ≥ 2.5× | 2.4× | missed | c0ffeec0ff |",
+        f"{figure}, than `compiled` | ≥ 1.4× | - | not measured | - |",
+        f"{figure}: MFU | ≥ 30% | 25% | missed | c0ffeec0ff |",
         "| swin_base_192, bf16, batch 128, on a GPU | `reference` | 25% | 2.5× | 62% | 25% |",
     ]

@@ -110,7 +110,9 @@ def test_the_first_screen_prefers_rows_of_an_unchanged_commit() -> None:
     assert "changed" not in alone
     screen = text(tables.first_screen([clean, step_row("cpu", "reference", 1.0, {}), timm, dirty], "cpu"))
     assert "| 200.0 | 2.00× | 9.00× | aaaaaaaaaa and bbbbbbbbbb, files changed since |" in screen
-    assert "| 300.0 | 3.00× | 9.00× | bbbbbbbbbb, files changed since |" in text(tables.first_screen([dirty, timm], "cpu"))
+    assert "| 300.0 | 3.00× | 9.00× | bbbbbbbbbb, files changed since |" in text(
+        tables.first_screen([dirty, timm], "cpu")
+    )
     assert "300.0" in text(tables.step_tables([clean, dirty], "cpu"))
 
 
