@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from simmim_fast.info import collect
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _NO_CODE = (":!benchmarks/results", ":!docs", ":!*.md")  # what rows, and the pages made of them, change
+PEERS = ("transformers", "timm", "xformers")
 _CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_limit_w": "power.limit"}
 
 
@@ -49,18 +51,24 @@ def write_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> dict[str,
     return whole
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, in the order in which they were written; none where there is no file."""
+def read_rows(path: str | os.PathLike[str], *, absent: bool = False) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, in the order in which they were written; none where there is no file.
+
+    Args:
+        path: The file.
+        absent: Whether to return rows of contestants that did not run, too: those hold "absent", why, and no numbers.
+    """
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return rows if absent else [row for row in rows if "absent" not in row]
 
 
 def conditions() -> dict[str, Any]:
     """What a measurement was made under.
 
     Returns:
-        "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA and the
-        driver; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran or waited for
+        "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA, the
+        driver and the peers; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran or waited for
         a core over the last minute, this one included), "commit" and "dirty" (whether tracked files differ from it,
         rows and documents aside); the last two are None outside a git checkout.
     """
@@ -75,11 +83,18 @@ def _fixed_conditions() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "gpus": facts["gpus"],
-        "versions": facts["versions"],
+        "versions": {**facts["versions"], **{name: _version(name) for name in PEERS}},
         "simd": facts["native"]["simd"],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else status != "",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
@@ -90,13 +105,24 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _clocks() -> list[dict[str, float]]:
-    """Clocks of the GPUs in MHz and their power limits in W; empty where there is none."""
+def _clocks() -> list[dict[str, float | None]]:
+    """Clocks of the GPUs in MHz and their power limits in W, None where one is not told; empty where nothing is."""
     if not torch.cuda.is_available():
         return []
     query = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS.values())}", "--format=csv,noheader,nounits"]
-    output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return [dict(zip(_CLOCKS, map(float, line.split(",")), strict=True)) for line in output.splitlines()]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [dict(zip(_CLOCKS, map(_number, line.split(",")), strict=False)) for line in output.splitlines()]
+
+
+def _number(text: str) -> float | None:
+    """What nvidia-smi tells: "[N/A]" or "[Not Supported]" where it cannot."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
