@@ -62,7 +62,7 @@ def _joined(bias: Tensor, mask: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
 
 
 def _flat(q: Tensor, k: Tensor, v: Tensor, axis: int) -> tuple[Tensor, ...]:
-    """q, k and v with the windows joined to the images, axis 0, or to the heads, axis 1: views of what they get here."""
+    """q, k and v with the windows joined to the images, axis 0, or to the heads, axis 1; as views."""
     return tuple(one.flatten(axis, axis + 1) for one in (q, k, v))
 
 

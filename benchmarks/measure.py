@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,18 @@ ROTATION = 4  # sets of inputs that take turns, so that a cache does not flatter
 # Of the machine's own rates: sides of the square matrices, MiB that are copied, and how often.
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1536}
 COPIED_MIB = {"cuda": 2048, "cpu": 256}
+REASON = 300  # characters of an error that are shown
 RATE_CALLS = 30  # a second or two of a CPU: what disturbs a machine for a moment is outlasted
 
 
 class Absent(Exception):
     """A contestant cannot run here; the message says why."""
+
+
+def reason(error: Exception) -> str:
+    """Why a contestant does not run, as one line."""
+    text = textwrap.shorten(str(error), REASON, placeholder=" ...")
+    return text if isinstance(error, Absent) else f"{type(error).__name__}: {text}"
 
 
 def devices() -> list[str]:

@@ -36,6 +36,8 @@ def fastest(rows: Iterable[Row]) -> dict[Key, tuple[str, float, int, str]]:
     for row in rows:
         if row["benchmark"] != "op" or row["arguments"]["device"] != "cuda" or row["conditions"]["dirty"]:
             continue
+        if "absent" in row:
+            continue
         if row["contestant"] in KERNELS:
             gpu = row["conditions"]["gpus"][0]
             major, minor = (int(part) for part in str(gpu["capability"]).split("."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,6 +48,30 @@ def build(name: str, **overrides: object) -> SimMIM:
     values = {**MODELS[name], **overrides}
     model = create_model(str(values.pop("encoder")), **values)
     model.counts = masks_for(model).counts
+    return model
+
+
+def copy_of(name: str, state: Mapping[str, Tensor], device: str = "cpu", **overrides: object) -> SimMIM:
+    """As `build`, with these parameters and buffers; none are drawn, which takes seconds of a large model.
+
+    Args:
+        name: Key of `MODELS`.
+        state: Of a model of that name. Parameters that the overrides add to it are drawn.
+        device: Where the model is to be.
+        **overrides: As in `build`.
+
+    Raises:
+        ValueError: `state` lacks a buffer.
+    """
+    with torch.device("meta"):
+        model = build(name, **overrides)
+    model = model.to_empty(device=device)
+    missing = set(model.load_state_dict(state, strict=False).missing_keys)
+    added = {key: parameter for key, parameter in model.named_parameters() if key in missing}
+    if missing - added.keys():
+        raise ValueError(f"state must hold the buffers of {name}, lacks {', '.join(sorted(missing - added.keys()))}")
+    for parameter in added.values():
+        torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 

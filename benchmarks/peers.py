@@ -11,19 +11,21 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Absent
-from benchmarks.models import MODELS, build
+from benchmarks.models import MODELS
 from benchmarks.official import build_official
 from simmim_fast.models import SimMIM
 
 Call = Callable[[Tensor, Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
 # What ours is built with so that it computes what Hugging Face's model of the kind does.
-_HF_OVERRIDES: dict[str, dict[str, object]] = {
+HF_OVERRIDES: dict[str, dict[str, object]] = {
     "swin": {},
     "swinv2": {"norm_target": False},
     "vit": {
@@ -65,23 +67,27 @@ class Peer:
     Attributes:
         model: It.
         call: (images, mask) -> loss.
-        like: A reference of ours that computes the same from the same parameters.
+        renamed: What is one for each parameter of ours, such as its gradient, by the model's own names and parts.
     """
 
     model: nn.Module
     call: Call
-    like: SimMIM
+    renamed: Callable[[Tensors], dict[str, Tensor]]
 
 
-def hugging_face(name: str, attention: str) -> Peer:
+def hugging_face(name: str, like: SimMIM, attention: str) -> Peer:
     """Its model of the kind of `name`, with the attention "eager" or "sdpa".
+
+    Args:
+        name: Key of `MODELS`.
+        like: A reference of ours that computes the same, built with `HF_OVERRIDES`, whose parameters are copied.
+        attention: "eager" or "sdpa".
 
     Raises:
         Absent: transformers is not installed, or has no such attention for this kind.
     """
     transformers = installed("transformers")
     kind = str(MODELS[name]["encoder"])
-    like = build(name, backend="reference", **_HF_OVERRIDES[kind])
     classes = {"swin": "SwinForMaskedImageModeling", "swinv2": "Swinv2ForMaskedImageModeling"}
     if kind == "swin" and like.img_size[0] // like.encoder_stride < MODELS[name]["window_size"]:
         raise Absent("transformers' Swin keeps bias tables for windows larger than the last grid")
@@ -90,8 +96,9 @@ def hugging_face(name: str, attention: str) -> Peer:
     if attention == "sdpa" and not model_class._supports_sdpa:
         raise Absent(f"transformers has no scaled_dot_product_attention for {kind}")
     model = model_class._from_config(config, attn_implementation=attention)
-    _load(model, _hf_state(like, kind))
-    return Peer(model, lambda images, mask: model(images, bool_masked_pos=mask.flatten(1)).loss, like)
+    renamed = partial(_hf_renamed, kind)
+    _load(model, renamed(_parameters(like)))
+    return Peer(model, lambda images, mask: model(images, bool_masked_pos=mask.flatten(1)).loss, renamed)
 
 
 def _hf_arguments(name: str, kind: str, like: SimMIM) -> dict[str, Any]:
@@ -107,22 +114,21 @@ def _hf_arguments(name: str, kind: str, like: SimMIM) -> dict[str, Any]:
     return {**common, **lists, **same, "pretrained_window_sizes": [0] * len(lists["depths"])}
 
 
-def _hf_state(like: SimMIM, kind: str) -> dict[str, Tensor]:
+def _hf_renamed(kind: str, ours: Tensors) -> dict[str, Tensor]:
     rules = (*_HF_NAMES, *(_HF_BLOCK_NAMES_V2 if kind == "swinv2" else _HF_BLOCK_NAMES))
-    state = {}
-    for name, value in _in_three(like, kind):
+    theirs = {}
+    for name, value in _in_three(kind, ours):
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement.format(kind=kind), name)
-        state[name] = value
-    return state
+        theirs[name] = value
+    return theirs
 
 
-def _in_three(like: SimMIM, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, those of q, k and v apart; where k has no bias it is a zero one."""
+def _in_three(kind: str, ours: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """What belongs to q, k and v apart; a bias that k has there alone is zero, as is its gradient: softmax ignores it."""
     place = "attention.self.{}" if kind == "swinv2" else "attention.{}_proj"
     q, k, v = (place.format(each) for each in (("query", "key", "value") if kind == "swinv2" else "qkv"))
-    for name, parameter in like.named_parameters():
-        value = parameter.detach()
+    for name, value in ours.items():
         if ".attn.qkv." in name:
             for each, part in zip((q, k, v), value.chunk(3), strict=True):
                 yield name.replace("attn.qkv", each), part
@@ -162,8 +168,8 @@ class TimmSwin(nn.Module):
         return {"relative_position_bias_table"}
 
 
-def timm_swin(name: str) -> Peer:
-    """timm's Swin with fused attention inside our SimMIM.
+def timm_swin(name: str, like: SimMIM) -> Peer:
+    """timm's Swin with fused attention inside our SimMIM; arguments as in `hugging_face`, `like` as it is by itself.
 
     Raises:
         Absent: timm is not installed, or the model is no Swin of the first version.
@@ -171,15 +177,12 @@ def timm_swin(name: str) -> Peer:
     timm = installed("timm")
     if MODELS[name]["encoder"] != "swin":
         raise Absent("this contestant is written for Swin alone")
-    like = build(name, backend="reference")
     with _fused_attention(timm):
         values = {key: value for key, value in MODELS[name].items() if key != "encoder"}
         swin = timm.create_model("swin_base_patch4_window7_224", num_classes=0, **values)
     model = SimMIM(TimmSwin(swin, like), like.encoder_stride)
-    state = {_timm_name(key): value.detach() for key, value in like.named_parameters()}
-    state["encoder.mask_token"] = state["encoder.mask_token"].flatten()
-    _load(model, state)
-    return Peer(model, model, like)
+    _load(model, _timm_renamed(_parameters(like)))
+    return Peer(model, model, _timm_renamed)
 
 
 class _fused_attention:
@@ -196,14 +199,20 @@ class _fused_attention:
         self.config._USE_FUSED_ATTN = self.before
 
 
+def _timm_renamed(ours: Tensors) -> dict[str, Tensor]:
+    theirs = {_timm_name(name): value for name, value in ours.items()}
+    theirs["encoder.mask_token"] = theirs["encoder.mask_token"].flatten()
+    return theirs
+
+
 def _timm_name(name: str) -> str:
     """timm's stages begin with the downsampling that ours end with."""
     name = re.sub(r"layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
     return name if "mask_token" in name else re.sub(r"^encoder\.", "encoder.swin.", name)
 
 
-def official(name: str, path: str | os.PathLike[str] | None) -> Peer:
-    """The official code of a checkout.
+def official(name: str, like: SimMIM, path: str | os.PathLike[str] | None) -> Peer:
+    """The official code of a checkout; arguments as in `timm_swin`.
 
     Raises:
         Absent: No path was given, timm is not installed, or microsoft/SimMIM has no such encoder.
@@ -211,13 +220,12 @@ def official(name: str, path: str | os.PathLike[str] | None) -> Peer:
     if path is None:
         raise Absent("--official names no checkout of microsoft/SimMIM")
     installed("timm")
-    like = build(name, backend="reference")
     try:
         model = build_official(path, name)
     except ValueError as error:
         raise Absent(str(error)) from error
-    _load(model, {key: value.detach() for key, value in like.named_parameters()})
-    return Peer(model, lambda images, mask: model(images, mask.long()), like)  # as data/data_simmim.py makes masks
+    _load(model, _parameters(like))
+    return Peer(model, lambda images, mask: model(images, mask.long()), dict)  # as data/data_simmim.py makes masks
 
 
 def installed(package: str) -> Any:
@@ -231,7 +239,11 @@ def installed(package: str) -> Any:
     return importlib.import_module(package)
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _load(model: nn.Module, state: Tensors) -> None:
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     left = sorted({name for name, _ in model.named_parameters()} & set(missing)) + unexpected
     if left:

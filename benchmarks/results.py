@@ -29,7 +29,8 @@ def write_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> dict[str,
 
     Args:
         path: The file; it and its folder are created where they are missing.
-        row: What was measured, and the arguments that it was measured with; JSON-serialisable.
+        row: What was measured, and the arguments that it was measured with; JSON-serialisable. That of a contestant
+            that did not run has "absent", why, in the place of numbers.
 
     Returns:
         The row as it was written.
@@ -51,16 +52,10 @@ def write_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> dict[str,
     return whole
 
 
-def read_rows(path: str | os.PathLike[str], *, absent: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, in the order in which they were written; none where there is no file.
-
-    Args:
-        path: The file.
-        absent: Whether to return rows of contestants that did not run, too: those hold "absent", why, and no numbers.
-    """
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, in the order in which they were written; none where there is no file."""
     path = Path(path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return rows if absent else [row for row in rows if "absent" not in row]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def conditions() -> dict[str, Any]:
@@ -68,9 +63,9 @@ def conditions() -> dict[str, Any]:
 
     Returns:
         "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA, the
-        driver and the peers; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran or waited for
-        a core over the last minute, this one included), "commit" and "dirty" (whether tracked files differ from it,
-        rows and documents aside); the last two are None outside a git checkout.
+        driver and the peers; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran
+        or waited for a core over the last minute, this one included), "commit" and "dirty" (whether tracked files
+        differ from it, rows and documents aside); the last two are None outside a git checkout.
     """
     now = {"clocks": _clocks(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
     return {**_fixed_conditions(), **now}
@@ -125,9 +120,14 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def checkout(path: Path | None) -> str | None:
+    """What identifies another project's checkout: its commit, or its path where git does not know it."""
+    return None if path is None else _git("rev-parse", "HEAD", folder=path) or str(path)
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.attention import Attend, attention, in_windows, of_all_tokens
 from benchmarks.comparators import COMPARATORS, comparator
 from benchmarks.measure import Absent
-from benchmarks.models import build, loss_of
-from benchmarks.peers import Call, Peer, hugging_face, official, timm_swin
+from benchmarks.models import MODELS, copy_of, loss_of
+from benchmarks.peers import HF_OVERRIDES, Call, Peer, hugging_face, official, timm_swin
 from simmim_fast import GraphedStep
 from simmim_fast.models import SimMIM
 from simmim_fast.models.swin import AttentionInWindows
@@ -153,13 +153,13 @@ _OURS: Mapping[str, _Form] = {
     "xformers": _Form("reference", "xformers"),
 }
 # (peer, mode of torch.compile)
-_PEERS: Mapping[str, tuple[Callable[[Setting], Peer], str | None]] = {
-    "hf": (lambda setting: hugging_face(setting.model, "eager"), None),
-    "hf_sdpa": (lambda setting: hugging_face(setting.model, "sdpa"), None),
-    "hf_compiled": (lambda setting: hugging_face(setting.model, _hf_fastest(setting.model)), "default"),
-    "timm": (lambda setting: timm_swin(setting.model), None),
-    "timm_compiled": (lambda setting: timm_swin(setting.model), "default"),
-    "official": (lambda setting: official(setting.model, setting.official), None),
+_PEERS: Mapping[str, tuple[Callable[[Setting, SimMIM], Peer], str | None]] = {
+    "hf": (lambda setting, like: hugging_face(setting.model, like, "eager"), None),
+    "hf_sdpa": (lambda setting, like: hugging_face(setting.model, like, "sdpa"), None),
+    "hf_compiled": (lambda setting, like: hugging_face(setting.model, like, _hf_fastest(setting.model)), "default"),
+    "timm": (lambda setting, like: timm_swin(setting.model, like), None),
+    "timm_compiled": (lambda setting, like: timm_swin(setting.model, like), "default"),
+    "official": (lambda setting, like: official(setting.model, like, setting.official), None),
 }
 CONTESTANTS = (*_OURS, *_PEERS, *COMPARATORS)
 FAST = tuple(name for name in _OURS if name.startswith("fast"))
@@ -170,8 +170,21 @@ def _hf_fastest(name: str) -> str:
     return "eager" if name.startswith("swinv2") else "sdpa"
 
 
-def trainee(contestant: str, setting: Setting, state: Mapping[str, Tensor]) -> tuple[Trainee, Trainee | None]:
-    """A contestant, and whom it must agree with: None is the reference with the parameters of `state`, or nobody.
+@dataclass(frozen=True)
+class Counterpart:
+    """Whom a contestant must agree with.
+
+    Attributes:
+        overrides: What the reference is built with so that it computes the same.
+        renamed: What is one for each of the reference's parameters, by the contestant's own names and parts.
+    """
+
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+
+
+def trainee(contestant: str, setting: Setting, reference: Callable[..., SimMIM]) -> tuple[Trainee, Counterpart | None]:
+    """A contestant, and whom it must agree with, or None where there is nobody.
 
     Compiled ones are compiled at their first call, for its shapes alone. Whoever begins with new shapes resets dynamo:
     one compiled function serves other shapes badly, and a win over it would be none.
@@ -179,30 +192,29 @@ def trainee(contestant: str, setting: Setting, state: Mapping[str, Tensor]) -> t
     Args:
         contestant: Of `CONTESTANTS`.
         setting: What it trains.
-        state: Parameters of our own model.
+        reference: The reference on the CPU, by what it is built with; its parameters are copied.
 
     Raises:
         Absent: It cannot train this model here; the message says why.
     """
     if contestant in _OURS:
-        return _of_ours(_OURS[contestant], setting, state), None
+        return _of_ours(_OURS[contestant], setting, reference().state_dict()), Counterpart()
     if contestant in _PEERS:
         make, mode = _PEERS[contestant]
-        peer = make(setting)
+        overrides = HF_OVERRIDES[MODELS[setting.model]["encoder"]] if contestant.startswith("hf") else {}
+        peer = make(setting, reference(**overrides))
         model = peer.model.to(setting.device)
         if mode is not None:
             model.compile(mode=mode, dynamic=False)
-        return Trainee(model, setting.dtype, peer.call), Trainee(peer.like.to(setting.device), setting.dtype)
-    model, call = comparator(contestant, setting.model, build(setting.model, backend="reference"))
+        return Trainee(model, setting.dtype, peer.call), Counterpart(overrides, peer.renamed)
+    model, call = comparator(contestant, setting.model, reference())
     return Trainee(model.to(setting.device), setting.dtype, call), None
 
 
 def _of_ours(form: _Form, setting: Setting, state: Mapping[str, Tensor]) -> Trainee:
     if form.graphed and setting.device != "cuda":
         raise Absent("a CUDA graph needs a CUDA device")
-    model = build(setting.model, backend=form.backend)
-    model.load_state_dict(state)
-    model = model.to(setting.device)
+    model = copy_of(setting.model, state, setting.device, backend=form.backend)
     if form.attention is not None:
         with_attention(model, attention(form.attention, setting.device))
     if form.graphed:

@@ -34,13 +34,6 @@ def test_a_row_says_under_which_conditions_it_was_made(tmp_path: Path) -> None:
         assert row["conditions"]["dirty"] in (True, False)
 
 
-def test_who_did_not_run_has_a_row_that_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    measured, absent = (write_row(path, {"contestant": "flex", **row}) for row in ({"us": 1.0}, {"absent": "no GPU"}))
-    assert read_rows(path) == [measured]
-    assert read_rows(path, absent=True) == [measured, absent]
-
-
 @pytest.mark.parametrize(
     ("told", "expected"),
     [

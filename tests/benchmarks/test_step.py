@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -14,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import step, trainees
+from benchmarks.agreement import Disagreement, Findings, Oracle, findings
 from benchmarks.attention import ATTENTIONS
 from benchmarks.limits import Limits, limits
-from benchmarks.models import build, draw_inputs
-from benchmarks.peers import Peer, hugging_face, timm_swin
+from benchmarks.models import build, copy_of, draw_inputs
 from benchmarks.results import read_rows
-from benchmarks.trainees import Setting, Trainee, with_attention
+from benchmarks.trainees import Setting, Trainee, trainee, with_attention
 from simmim_fast.models import SimMIM
 from simmim_fast.testing import relative_error
 
@@ -84,6 +86,125 @@ def test_a_wrong_contestant_gets_no_speed(
     assert "images/s" not in capsys.readouterr().out
 
 
+TABLE = "encoder.layers.1.blocks.0.attn.relative_position_bias_table"
+
+
+def without_a_table(name: str, gradient: Tensor) -> Tensor:
+    return torch.zeros_like(gradient) if name == TABLE else gradient
+
+
+def with_two_stages_negated(name: str, gradient: Tensor) -> Tensor:
+    return -gradient if name.startswith(("encoder.layers.1", "encoder.layers.2")) else gradient
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("spoil", [without_a_table, with_two_stages_negated])
+def test_a_wrong_gradient_that_hardly_changes_the_norm_is_found(
+    spoil: Callable[[str, Tensor], Tensor], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_spoilt_gradients(model: SimMIM, attend: object) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: spoil(name, gradient))
+
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(trainees, "with_attention", with_spoilt_gradients)
+        with pytest.raises(Disagreement, match=r"sdpa is wrong: its gradient of encoder\.layers\.1"):
+            step.race(Setting("swin_micro_96", dtype, 2, "cpu"), ["sdpa"], 1)
+
+
+@pytest.mark.parametrize("model", MICRO)
+def test_honest_ones_agree_in_bf16(model: str) -> None:
+    entrants, absent = step.race(Setting(model, "bf16", 2, "cpu"), ["fast", "sdpa"], 1)
+    assert [one.name for one in entrants] == ["fast", "sdpa"]
+    assert absent == {}
+
+
+def test_who_fails_is_named_and_the_others_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unable(*_: object) -> None:
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(trainees, "with_attention", unable)
+    run_step(tmp_path / "rows.jsonl", "sdpa", "reference", models=("vit_micro_96",))
+    assert "sdpa does not run: RuntimeError: no kernel image is available for this device" in capsys.readouterr().out
+    measured, absent = read_rows(tmp_path / "rows.jsonl")
+    assert (measured["contestant"], len(measured["seconds"])) == ("reference", 3)
+    assert (absent["contestant"], absent["arguments"]) == ("sdpa", measured["arguments"])
+    assert absent["absent"] == "RuntimeError: no kernel image is available for this device"
+
+
+def test_who_runs_out_of_memory_while_it_is_timed_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(entrant: step.Entrant, *rest: object) -> None:
+        if entrant.name == "sdpa" and entrant.seconds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(entrant, *rest)
+
+    original = step._time
+    monkeypatch.setattr(step, "_time", timed)
+    entrants, absent = step.race(Setting("vit_micro_96", "fp32", 1, "cpu"), ["sdpa", "reference"], 3)
+    assert [(one.name, len(one.seconds)) for one in entrants] == [("reference", 3)]
+    assert absent == {"sdpa": "OutOfMemoryError: CUDA out of memory"}
+
+
+def test_many_compiled_forms_with_stochastic_depth_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = {f"compiled_{number}": trainees._Form("reference", mode="default") for number in range(5)}
+    monkeypatch.setattr(trainees, "_OURS", {**trainees._OURS, **forms})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(step.MODELS, "dropping", {**SMALL_PEERS["vit"], "drop_path_rate": 0.1})
+    entrants, absent = step.race(Setting("dropping", "fp32", 2, "cpu"), list(forms), 1)
+    assert absent == {}
+    assert [one.name for one in entrants] == list(forms)
+
+
+def test_every_argument_is_in_the_row(tmp_path: Path) -> None:
+    run_step(tmp_path / "rows.jsonl", "reference", models=("vit_micro_96",), pairs=1)
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert row["arguments"] == {
+        "model": "vit_micro_96",
+        "dtype": "fp32",
+        "batch": 2,
+        "device": "cpu",
+        "pairs": 1,
+        "contestants": ["reference"],
+        "official": None,
+        "tests": "passed",
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("name", SMALL_PEERS)
+def test_a_copy_computes_what_the_model_does(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.MODELS, name, {**SMALL_PEERS[name], "drop_path_rate": 0.5})
+    torch.manual_seed(0)
+    model = build(name, backend=backend)
+    copied = copy_of(name, model.state_dict(), backend=backend)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    inputs = draw_inputs(model, 2)
+    losses = []
+    for one in (model, copied):
+        torch.manual_seed(1)  # of stochastic depth
+        losses.append(one(*inputs).item())
+    assert losses[0] == losses[1]
+
+
+def test_a_copy_without_a_buffer_is_refused() -> None:
+    state = build("swin_micro_96").state_dict()
+    del state["encoder.layers.0.blocks.1.attn_mask"]
+    with pytest.raises(ValueError, match="state must hold the buffers of swin_micro_96"):
+        copy_of("swin_micro_96", state)
+
+
+def test_the_reference_of_a_race_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: drawn.append(tensor.device.type))
+    step.race(Setting("swin_micro_96", "fp32", 1, "cpu"), [], 1)
+    once = drawn.count("cpu")
+    drawn.clear()
+    step.race(Setting("swin_micro_96", "fp32", 1, "cpu"), ["reference", "sdpa"], 1)
+    assert 0 < drawn.count("cpu") == once
+
+
 def test_rates_ratios_and_shares() -> None:
     fast, slow = (
         step.Entrant(name, trainee=None, seconds=seconds)
@@ -140,30 +261,34 @@ def test_others_attention_in_the_reference_is_the_reference(
 @pytest.mark.parametrize("contestant", ["flex", "xformers", "fast_graph", "official", "hf", "timm", "mae"])
 def test_who_cannot_run_says_why(contestant: str, peers: None) -> None:
     model = "vit_micro_96" if contestant == "timm" else "swin_micro_96"
-    entrants, (line,) = step.race(Setting(model, "fp32", 1, "cpu"), [contestant], 1)
+    entrants, absent = step.race(Setting(model, "fp32", 1, "cpu"), [contestant], 1)
     assert entrants == []
-    assert line.startswith(f"{contestant} does not run: ")
+    assert absent.keys() == {contestant}
+    assert not absent[contestant].startswith("Absent")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        pytest.param("swin", lambda name: hugging_face(name, "eager"), id="hf swin"),
-        pytest.param("swin", lambda name: hugging_face(name, "sdpa"), id="hf swin sdpa"),
-        pytest.param("swinv2", lambda name: hugging_face(name, "eager"), id="hf swinv2"),
-        pytest.param("vit", lambda name: hugging_face(name, "sdpa"), id="hf vit sdpa"),
-        pytest.param("swin", timm_swin, id="timm"),
-    ],
+    ("name", "contestant"),
+    [("swin", "hf"), ("swin", "hf_sdpa"), ("swinv2", "hf"), ("vit", "hf_sdpa"), ("swin", "timm")],
 )
 def test_a_peer_computes_what_the_reference_does(
-    name: str, make: Callable[[str], Peer], monkeypatch: pytest.MonkeyPatch, peers: None
+    name: str, contestant: str, dtype: str, monkeypatch: pytest.MonkeyPatch, peers: None
 ) -> None:
     monkeypatch.setitem(step.MODELS, name, SMALL_PEERS[name])
-    peer = make(name)
-    theirs, ours = Trainee(peer.model, "fp32", peer.call), Trainee(peer.like, "fp32")
-    inputs = draw_inputs(peer.like, 2)
-    for actual, expected in zip(theirs.gradients(*inputs), ours.gradients(*inputs), strict=True):
-        assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
+    setting = Setting(name, dtype, 2, "cpu")
+    torch.manual_seed(0)
+    oracle = Oracle(setting)
+    peer, counterpart = trainee(contestant, setting, oracle.model)
+    inputs = draw_inputs(oracle.model(), 2)
+    found = findings(peer, *inputs)
+    oracle.check(contestant, found, counterpart, *inputs)
+    for spoilt in found.gradients:
+        gradient = found.gradients[spoilt]
+        if gradient.norm() > 1e-4 * found.scalars["gradient norm"]:
+            spoilt_ones = Findings(found.scalars, {**found.gradients, spoilt: -gradient})
+            with pytest.raises(Disagreement, match=f"its gradient of {re.escape(spoilt)} "):
+                oracle.check(contestant, spoilt_ones, counterpart, *inputs)
 
 
 def test_another_method_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], peers: None) -> None:
