@@ -18,8 +18,8 @@ from simmim_fast.models import SimMIM
 SCALARS = {"fp32": 1e-4, "bf16": 2e-2}
 # Largest distance of a parameter's gradient from the reference's, in relative L2. Where a part is missing it is 1, and
 # 0.7 where it is half of it; of the wrong sign, 2. Honest runs of swin_micro_96 and vit_micro_96 at a batch of 2: 4e-6
-# in fp32 (where a GPU's convolutions may multiply in TF32), 0.17 in bf16. The most seen in bf16 is 0.38, of swin_base_192
-# in a norm's bias, which is as far as the reference in bf16 is there from itself in fp32.
+# in fp32 (where a GPU's convolutions may multiply in TF32), 0.17 in bf16. The most seen in bf16 is 0.38, of
+# swin_base_192 in a norm's bias, which is as far as the reference in bf16 is there from itself in fp32.
 GRADIENTS = {"fp32": 1e-2, "bf16": 0.6}
 # Of the whole gradient's norm: a parameter that has less is rounding (a bias that softmax ignores has 2.5e-7 in bf16),
 # and is compared with the whole. The least honest one has 1e-5, a bias of the queries of vit_micro_96.

@@ -125,7 +125,7 @@ def _hf_renamed(kind: str, ours: Tensors) -> dict[str, Tensor]:
 
 
 def _in_three(kind: str, ours: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """What belongs to q, k and v apart; a bias that k has there alone is zero, as is its gradient: softmax ignores it."""
+    """What belongs to q, k and v apart; a bias that only theirs has, of k, is zero, and so is its gradient."""
     place = "attention.self.{}" if kind == "swinv2" else "attention.{}_proj"
     q, k, v = (place.format(each) for each in (("query", "key", "value") if kind == "swinv2" else "qkv"))
     for name, value in ours.items():

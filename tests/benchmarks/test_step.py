@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import sys
 import types
@@ -150,7 +149,10 @@ def test_who_runs_out_of_memory_while_it_is_timed_is_dropped(monkeypatch: pytest
 def test_many_compiled_forms_with_stochastic_depth_race(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = {f"compiled_{number}": trainees._Form("reference", mode="default") for number in range(5)}
     monkeypatch.setattr(trainees, "_OURS", {**trainees._OURS, **forms})
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = torch.compile
+    monkeypatch.setattr(  # a compiler of its own for each, as modes are
+        torch, "compile", lambda model, **_: compiled(model, fullgraph=True, backend=lambda graph, _: graph.forward)
+    )
     monkeypatch.setitem(step.MODELS, "dropping", {**SMALL_PEERS["vit"], "drop_path_rate": 0.1})
     entrants, absent = step.race(Setting("dropping", "fp32", 2, "cpu"), list(forms), 1)
     assert absent == {}
