@@ -3,8 +3,9 @@
     python -m benchmarks.ops --op shifted_window_attention --dtype fp32 --rounds 30
 
 The ops' tests run first. Contestants take turns, call by call, so that drift hits all of them, on inputs that rotate.
-First their outputs must agree with the eager one's; where one does not, nothing is timed and the exit status is 1. On a
-GPU a call is timed by the device's own clock, with a cold cache; a call of the host has rows of its own (--host).
+First their outputs and gradients must agree with the eager one's; where one does not, nothing is timed and the exit
+status is 1. Who cannot run is named, with the reason. On a GPU a call is timed by the device's own clock, with a cold
+cache and without gaps between kernels; a call of the host has rows of its own (--host).
 """
 
 from __future__ import annotations
@@ -15,90 +16,116 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import gate
 from benchmarks.cases import BATCH, CASES, DTYPES, Case
-from benchmarks.contest import AGREEMENT
+from benchmarks.contest import Disagreement, Oracle
 from benchmarks.contestants import Function, contestant, eager, names
 from benchmarks.cost import cost
-from benchmarks.measure import ROTATION, Absent, copy_rate, devices, matrix_rate, synchronize
+from benchmarks.measure import ROTATION, copy_rate, devices, matrix_rate, reason, synchronize
 from benchmarks.results import RESULTS, write_row
-from simmim_fast._backends import BackendError
-from simmim_fast.testing import differentiable, random_gradient, relative_error, small_inputs
+from simmim_fast.testing import differentiable, random_gradient, small_inputs
 
 WARM_UP = 3  # rounds
 FLUSHED = 2**28  # bytes that are overwritten before a call on a GPU, more than its cache holds
+SLEEP, MOST_SLEEP = 2**22, 2**26  # cycles that a GPU sleeps while the host launches a call: 2 to 40 ms
 
 
-class Disagreement(Exception):
-    """A contestant computes something else than the eager one."""
+@dataclass
+class Times:
+    """Seconds of a contestant, round by round.
+
+    Attributes:
+        forward: Of the forward, with autograd's graph.
+        both: Of forward and backward.
+    """
+
+    forward: list[float] = field(default_factory=list)
+    both: list[float] = field(default_factory=list)
 
 
-def race(case: Case, dtype: str, device: str, rounds: int, wanted: Sequence[str]) -> dict[str, list[float]]:
-    """Seconds of each contestant's forward and backward, round by round; who cannot run is left out.
+def race(
+    case: Case, dtype: str, device: str, rounds: int, wanted: Sequence[str]
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Times of each contestant, and why each of the others does not run.
 
     Raises:
-        Disagreement: A contestant's output is not the eager one's.
+        Disagreement: The output or a gradient of a contestant is not the eager one's.
     """
     sets = [case.inputs(BATCH[device], DTYPES[dtype], device, seed) for seed in range(ROTATION)]
     gradients = [random_gradient(eager(case.op), inputs) for inputs in sets]
-    runners = dict(_agreeing(case, dtype, device, sets[0], wanted))
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    runners, absent = _agreeing(Oracle(case, sets[0], gradients[0], dtype), device, wanted)
+    times = {name: Times() for name in runners}
     for turn in range(WARM_UP + rounds):
         inputs, grad_out = sets[turn % ROTATION], gradients[turn % ROTATION]
-        order = list(runners.items())[:: 1 if turn % 2 else -1]
-        for name, function in order:
-            elapsed = _time(function, case, inputs, grad_out, device)
-            if turn >= WARM_UP:
-                seconds[name].append(elapsed)
-    return seconds
-
-
-def _agreeing(
-    case: Case, dtype: str, device: str, inputs: dict[str, Any], wanted: Sequence[str]
-) -> Iterator[tuple[str, Function]]:
-    with torch.no_grad():
-        expected = tree_leaves(eager(case.op)(**inputs))
-        for name in wanted:
+        for name in list(runners)[:: 1 if turn % 2 else -1]:
             try:
-                function = contestant(case.op, name, device, DTYPES[dtype])
-                actual = tree_leaves(function(**inputs))
-            except (Absent, BackendError) as reason:
-                print(f"{name} is off on {device}: {reason}")
+                forward, both = _time(runners[name], case, inputs, grad_out, device)
+            except Exception as error:
+                absent[name] = reason(error)
+                del runners[name], times[name]
                 continue
-            distance = max(relative_error(*pair) for pair in zip(actual, expected, strict=True))
-            if distance > AGREEMENT[DTYPES[dtype]]:
-                raise Disagreement(f"{case.op}, {case.name}, {dtype}: {name} is wrong by {distance:.2g}")
-            yield name, function
+            if turn >= WARM_UP:
+                times[name].forward.append(forward)
+                times[name].both.append(both)
+    return times, absent
 
 
-def _time(function: Function, case: Case, inputs: dict[str, Any], grad_out: Any, device: str) -> float:
-    def call() -> None:
-        torch.autograd.grad(function(**inputs), leaves, grad_out)
+def _agreeing(oracle: Oracle, device: str, wanted: Sequence[str]) -> tuple[dict[str, Function], dict[str, str]]:
+    """The contestants that run and agree, and why the others do not run."""
+    runners, absent = {}, {}
+    for name in wanted:
+        try:
+            function = contestant(oracle.case.op, name, device, DTYPES[oracle.dtype])
+            oracle.check(name, function)
+            runners[name] = function
+        except Disagreement:
+            raise
+        except Exception as error:
+            absent[name] = reason(error)
+    return runners, absent
 
+
+def _time(function: Function, case: Case, inputs: dict[str, Any], grad_out: Any, device: str) -> tuple[float, float]:
+    """Seconds of the forward, and of forward and backward."""
     leaves = case.leaves(inputs)
+    backward = functools.partial(torch.autograd.grad, inputs=leaves, grad_outputs=grad_out)
     if device == "cuda":
-        return _seconds_on_device(call)
+        return _seconds_on_device(functools.partial(function, **inputs), backward)
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    out = function(**inputs)
+    middle = time.perf_counter()
+    backward(out)
+    return middle - start, time.perf_counter() - start
 
 
-def _seconds_on_device(call: Callable[[], None]) -> float:
-    """By the device's clock; while it empties its cache the host runs ahead, so that launches leave no gaps."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flushed().zero_()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def _seconds_on_device(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[float, float]:
+    """By the device's clock, which starts only when the host has launched all: no launch leaves a gap.
+
+    Until then the device empties its cache and sleeps, longer where the host took longer. A call that waits for the
+    device is never launched ahead; its gaps are its own.
+    """
+    cycles = SLEEP
+    while True:
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        _flushed().zero_()
+        torch.cuda._sleep(cycles)
+        begin.record()
+        out = forward()
+        middle.record()
+        backward(out)
+        end.record()
+        ahead = not begin.query()
+        end.synchronize()
+        if ahead or cycles >= MOST_SLEEP:
+            return begin.elapsed_time(middle) / 1e3, begin.elapsed_time(end) / 1e3
+        cycles *= 4
 
 
 @functools.cache
@@ -112,59 +139,58 @@ def host_rows(op: str, device: str, rounds: int, wanted: Sequence[str]) -> Itera
     for leaf in differentiable(inputs):
         inputs[leaf].requires_grad_()
     for name in wanted:
+        row = {"benchmark": "op_host", "op": op, "contestant": name}
+        seconds = []
         try:
             call = functools.partial(contestant(op, name, device, torch.float32), **inputs)
-            for _ in range(WARM_UP):
+            for turn in range(WARM_UP + rounds):
+                synchronize(device)
+                begin = time.perf_counter()
                 call()
-        except (Absent, BackendError) as reason:
-            print(f"{name} is off on {device}: {reason}")
+                if turn >= WARM_UP:
+                    seconds.append(time.perf_counter() - begin)
+        except Exception as error:
+            yield {**row, "absent": reason(error)}
             continue
-        seconds = []
-        for _ in range(rounds):
-            synchronize(device)
-            begin = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begin)
-        microseconds = round(1e6 * statistics.median(seconds), 2)
-        given = {"dtype": "fp32", "device": device, "rounds": rounds}
-        yield {"benchmark": "op_host", "op": op, "arguments": given, "contestant": name, "us": microseconds}
+        yield {**row, "us": round(1e6 * statistics.median(seconds), 2)}
 
 
-def results(case: Case, dtype: str, device: str, seconds: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
-    """A row a contestant. Ratios are medians over the rounds of another's time over its own."""
+def results(case: Case, dtype: str, device: str, times: Mapping[str, Times]) -> Iterator[dict[str, Any]]:
+    """What each contestant reached, as JSON has it; ratios are of another's time to its own, medians over rounds."""
     nbytes, flops = (sum(both) for both in zip(*cost(case, BATCH[device], DTYPES[dtype]), strict=True))
     rates = {
         "matrix_flops_per_second": matrix_rate(DTYPES[dtype], device),
         "bytes_per_second": copy_rate(device),
     }
     least = max(flops / rates["matrix_flops_per_second"], nbytes / rates["bytes_per_second"])
-    for name, own in seconds.items():
-        others = {other: theirs for other, theirs in seconds.items() if other != name}
-        median = statistics.median(own)
+    for name, own in times.items():
+        median = statistics.median(own.both)
         yield {
-            "benchmark": "op",
-            "op": case.op,
-            "case": case.name,
-            "arguments": {"dtype": dtype, "device": device, "batch": BATCH[device], "rounds": len(own)},
             "contestant": name,
             "us": round(1e6 * median, 1),
-            "us_least": round(1e6 * min(own), 1),
+            "us_least": round(1e6 * min(own.both), 1),
+            "us_forward": round(1e6 * statistics.median(own.forward), 1),
             "gb_per_s": round(nbytes / median / 1e9, 2),
             "gflop_per_s": round(flops / median / 1e9, 2),
             "limits": rates,
             "limit_share": round(least / median, 4),
             "times_faster_than": {
-                other: round(statistics.median(b / a for a, b in zip(own, theirs, strict=True)), 3)
-                for other, theirs in others.items()
+                other: round(statistics.median(b / a for a, b in zip(own.both, theirs.both, strict=True)), 3)
+                for other, theirs in times.items()
+                if other != name
             },
         }
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as a line of text."""
-    ratios = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in row["times_faster_than"].items())
     what = f"{row['op']}, {row['case']}, {row['arguments']['dtype']}"
-    return f"{what:<66} {row['contestant']:<9} {row['us']:>10.1f} us  {ratios}"
+    if "absent" in row:
+        return f"{what:<66} {row['contestant']} does not run: {row['absent']}"
+    rates = f"{row['gb_per_s']:>8.1f} GB/s {row['gflop_per_s'] / 1e3:>7.3f} TFLOP/s"
+    ratios = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in row["times_faster_than"].items())
+    times = f"{row['us']:>10.1f} us (forward {row['us_forward']:.1f})"
+    return f"{what:<66} {row['contestant']:<9} {times} {rates}  {ratios}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -204,17 +230,27 @@ def main(arguments: list[str] | None = None) -> int:
             if options.case and options.case not in case.name:
                 continue
             try:
-                seconds = race(case, dtype, options.device, options.rounds, wanted)
+                times, absent = race(case, dtype, options.device, options.rounds, wanted)
             except Disagreement as error:
                 print(f"ops: nothing is timed: {error}", file=sys.stderr)
                 return 1
-            for row in results(case, dtype, options.device, seconds):
-                print(line(write_row(options.results, row)), flush=True)
+            what = {"benchmark": "op", "op": op, "case": case.name}
+            what["arguments"] = {**given(options, dtype), "batch": BATCH[options.device]}
+            missing = ({"contestant": name, "absent": why} for name, why in absent.items())
+            for row in (*results(case, dtype, options.device, times), *missing):
+                print(line(write_row(options.results, {**what, **row})), flush=True)
         if options.host and dtype == options.dtype[0]:
             for row in host_rows(op, options.device, options.rounds, wanted):
-                write_row(options.results, row)
-                print(f"{op}: the host's time of a call of {row['contestant']}: {row['us']} us", flush=True)
+                write_row(options.results, {**row, "arguments": given(options, "fp32")})
+                took = f"does not run: {row['absent']}" if "absent" in row else f"{row['us']} us"
+                print(f"{op}: the host's time of a call of {row['contestant']}: {took}", flush=True)
     return 0
+
+
+def given(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Every argument of one race, as its rows have them."""
+    named = ("device", "rounds", "case", "contestants", "host", "tests")
+    return {"dtype": dtype, **{name: getattr(options, name) for name in named}}
 
 
 if __name__ == "__main__":
