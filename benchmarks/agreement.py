@@ -17,10 +17,14 @@ from simmim_fast.models import SimMIM
 # Largest relative distance of the loss and of the gradient's norm from the reference's.
 SCALARS = {"fp32": 1e-4, "bf16": 2e-2}
 # Largest distance of a parameter's gradient from the reference's, in relative L2. Where a part is missing it is 1, and
-# 0.7 where it is half of it; of the wrong sign, 2. Honest runs of swin_micro_96 and vit_micro_96 at a batch of 2: 4e-6
-# in fp32 (where a GPU's convolutions may multiply in TF32), 0.17 in bf16. The most seen in bf16 is 0.38, of
-# swin_base_192 in a norm's bias, which is as far as the reference in bf16 is there from itself in fp32.
-GRADIENTS = {"fp32": 1e-2, "bf16": 0.6}
+# 0.7 where it is half of it; of the wrong sign, 2. Honest runs of swin_micro_96 and vit_micro_96 at a batch of 2 have
+# 4e-6 in fp32 (where a GPU's convolutions may multiply in TF32); in bf16 0.1, norms aside.
+GRADIENTS = {"fp32": 1e-2, "bf16": 0.5}
+# The gradient of a norm's weight or bias sums over all tokens, and cancels: what bf16 rounds is a share of the whole
+# gradient and not of what remains. It is compared with this share of the whole at least. Honest runs of swin_base_192
+# at a batch of 4 err there by 3e-3 of the whole (timm's), which is 0.66 of what remains; ours is 0.9 of it from the
+# reference in bf16, and 0.03 from the one in fp32.
+NORMS = {"fp32": 0.0, "bf16": 2e-2}
 # Of the whole gradient's norm: a parameter that has less is rounding (a bias that softmax ignores has 2.5e-7 in bf16),
 # and is compared with the whole. The least honest one has 1e-5, a bias of the queries of vit_micro_96.
 NEGLIGIBLE = 2e-6
@@ -117,7 +121,8 @@ def check_gradients(contestant: str, actual: Mapping[str, Tensor], expected: Map
     total = math.hypot(*norms.values())
     for name, norm in norms.items():
         error = (actual[name].double() - expected[name].double()).norm().item()
-        distance = error / (norm if norm > NEGLIGIBLE * total else total)
+        least = NORMS[dtype] * total if "norm" in name else 0.0
+        distance = error / (max(norm, least) if norm > NEGLIGIBLE * total else total)
         if not distance <= GRADIENTS[dtype]:
             raise Disagreement(
                 f"{contestant} is wrong: its gradient of {name} has the relative distance {distance:.2g} from the"

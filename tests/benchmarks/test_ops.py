@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contest, op_page, ops
+from benchmarks import contest, measured, ops
 from benchmarks.cases import CASES
 from benchmarks.contestants import eager
 from benchmarks.results import read_rows
+from tests.benchmarks.made_rows import op_row
 
 CALL = [
     "--op",
@@ -85,6 +86,12 @@ def test_who_fails_is_named_and_the_others_race(when: int, tmp_path: Path, monke
     measured, absent = read_rows(path)
     assert (measured["contestant"], measured["times_faster_than"]) == ("eager", {})
     assert (absent["contestant"], absent["absent"]) == ("native", "OutOfMemoryError: out of memory")
+
+
+def test_a_backend_that_did_not_run_chooses_nothing() -> None:
+    absent = op_row("native", 10.0, absent="no kernel image")
+    del absent["us"]
+    assert measured.fastest([absent, op_row("triton", 20.0)]) == {}
 
 
 def wrong(**inputs: torch.Tensor) -> torch.Tensor:
