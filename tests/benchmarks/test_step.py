@@ -211,8 +211,12 @@ def test_a_copy_without_a_buffer_is_refused() -> None:
 
 
 def test_the_reference_of_a_race_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: drawn.append(tensor.device.type))
+    def spied(tensor: Tensor, **options: float) -> Tensor:
+        drawn.append(tensor.device.type)
+        return original(tensor, **options)
+
+    drawn, original = [], torch.nn.init.trunc_normal_
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", spied)
     step.race(Setting("swin_micro_96", "fp32", 1, "cpu"), [], 1)
     once = drawn.count("cpu")
     drawn.clear()
