@@ -298,6 +298,9 @@ def join_biases(biases: Sequence[Tensor]) -> Tensor | None:
     return biases[0] if biases else None
 
 
+Drawn = tuple[Tensor | None, Tensor | None]  # (B) bool each: which samples keep the attention's and the MLP's branch
+
+
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): a residual branch is dropped whole, sample by sample.
 
@@ -309,14 +312,22 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def keep(self, x: Tensor) -> Tensor | None:
-        """Draw the factor of each sample of x (B, ...): (B,) of 0 or 1 / (1 - rate), or None where nothing drops."""
+    def draw(self, x: Tensor, dtype: torch.dtype = torch.bool) -> Tensor | None:
+        """Draw which samples of x (B, ...) keep the branch: (B,) of 0 or 1, or None where nothing drops."""
         if self.rate == 0.0 or not self.training:
             return None
-        return x.new_empty(x.shape[0]).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x.new_empty(x.shape[0], dtype=dtype).bernoulli_(1 - self.rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        keep = self.keep(x)
+    def keep(self, x: Tensor, drawn: Tensor | None = None) -> Tensor | None:
+        """The factor of each sample of x (B, ...): (B,) of 0 or 1 / (1 - rate), or None where nothing drops.
+
+        drawn (B,) bool is what `draw` gave, where that must be the same in a second forward; by default it draws.
+        """
+        kept = self.draw(x, x.dtype) if drawn is None else drawn.to(x.dtype)
+        return None if kept is None else kept.div_(1 - self.rate)
+
+    def forward(self, x: Tensor, drawn: Tensor | None = None) -> Tensor:
+        keep = self.keep(x, drawn)
         return x if keep is None else x * keep.view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simmim_fast._arguments import check_at_least, size_pair
 from simmim_fast.models.layers import (
+    Drawn,
     DropPath,
     Mlp,
     NormLayer,
@@ -182,18 +183,23 @@ class SwinTransformerBlock(nn.Module):
         padded = tuple(-(-size // w) * w for size, w in zip(input_resolution, window, strict=True))
         self.register_buffer("attn_mask", shift_mask(padded, window, shift) if any(shift) else None)
 
-    def forward(self, x: Tensor | Stream, tokens: Tensor | None = None) -> Tensor | Stream:
-        """x (B, H, W, C) to (B, H, W, C), or of the listed tokens (B, K) alone to (B, K, C); a stream to a stream."""
+    def draw(self, x: Tensor | Stream) -> Drawn:
+        """What stochastic depth draws, for a forward that is to be computed again: which samples keep each branch."""
+        x = x.x if isinstance(x, Stream) else x
+        return self.drop_path.draw(x), self.drop_path.draw(x)
+
+    def forward(self, x: Tensor | Stream, tokens: Tensor | None = None, drawn: Drawn = (None, None)) -> Tensor | Stream:
+        """x (B, H, W, C) to (B, H, W, C), or of listed tokens (B, K) to (B, K, C); a stream to a stream; see `draw`."""
         if isinstance(x, Stream):
             weights, backend = block_weights(self.attn, self.mlp), self.attn.backend
             x, qkv = x.normalise_into(self.norm1, weights.qkv, backend, self.recompute)
             branch = self._attend(qkv, tokens, weights.proj)
-            added = {"keep": self.drop_path.keep(branch), "bias": weights.proj_bias}
+            added = {"keep": self.drop_path.keep(branch, drawn[0]), "bias": weights.proj_bias}
             stream = Stream(select_tokens(x, tokens), branch, **added)
             x, branch = stream.through_mlp(self.norm2, self.mlp, weights, backend, store_sum=tokens is not None)
-            return Stream(x, branch, keep=self.drop_path.keep(branch), bias=weights.fc2_bias)
-        x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            return Stream(x, branch, keep=self.drop_path.keep(branch, drawn[1]), bias=weights.fc2_bias)
+        x = select_tokens(x, tokens) + self.drop_path(self._attend(self.norm1(x), tokens), drawn[0])
+        return x + self.drop_path(self.mlp(self.norm2(x)), drawn[1])
 
     def _attend(self, x: Tensor, tokens: Tensor | None, proj: Affine | None = None) -> Tensor:
         """Attention on x (B, H, W, C), of the listed tokens alone where there is a list; proj as in the attention."""
@@ -257,15 +263,22 @@ class BasicLayer(nn.Module):
 
         Blocks get what this gets, a tensor or a stream; a merging gives a tensor.
         """
+        restores = self.restores_random_state
         for block in self.blocks:
             wanted = tokens if block is self.blocks[-1] else None
             if self.use_checkpoint and self.training:
-                x = checkpoint(block, x, wanted, use_reentrant=False)
+                drawn = (None, None) if restores else block.draw(x)
+                x = checkpoint(block, x, wanted, drawn, use_reentrant=False, preserve_rng_state=restores)
             else:
                 x = block(x, wanted)
         if self.downsample is None:
             return x
         return self.downsample(x.add() if isinstance(x, Stream) else x)
+
+    @property
+    def restores_random_state(self) -> bool:
+        """Whether a block that is computed again would draw again; a CUDA graph cannot set the state back."""
+        return self.use_checkpoint and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.blocks.modules())
 
 
 class SwinTransformer(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import NormLayer, apply_mlp, block_weights, join_biases, select_tokens
+from simmim_fast.models.layers import Drawn, NormLayer, apply_mlp, block_weights, join_biases, select_tokens
 from simmim_fast.models.recompute import Affine, is_plain_norm
 from simmim_fast.models.swin import (
     AttentionInWindows,
@@ -110,17 +110,18 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
     takes_streams = False  # the norm is of the branch, so it adds it, too
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None, drawn: Drawn = (None, None)) -> Tensor:
         weights = block_weights(self.attn, self.mlp)
         branch = self._attend(x if weights.qkv is None else weights.qkv.product(x), tokens, weights.proj)
-        x = self._add(select_tokens(x, tokens), branch, weights.proj_bias, self.norm1)
-        return self._add(x, apply_mlp(x, self.mlp, weights), weights.fc2_bias, self.norm2)
+        x = self._add(select_tokens(x, tokens), branch, weights.proj_bias, self.norm1, drawn[0])
+        return self._add(x, apply_mlp(x, self.mlp, weights), weights.fc2_bias, self.norm2, drawn[1])
 
-    def _add(self, x: Tensor, branch: Tensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
-        """x + LN(branch + bias), bias (C), the others (B, ..., C), with stochastic depth."""
+    def _add(self, x: Tensor, branch: Tensor, bias: Tensor | None, norm: nn.Module, drawn: Tensor | None) -> Tensor:
+        """x + LN(branch + bias), bias (C), the others (B, ..., C), with stochastic depth, drawn (B) or None."""
         if self.attn.backend == "reference" or not is_plain_norm(norm):
-            return x + self.drop_path(norm(branch if bias is None else branch + bias.to(branch.dtype)))
-        form = {"keep": self.drop_path.keep(branch), "delta_bias": bias, "norm": "delta", "backend": self.attn.backend}
+            return x + self.drop_path(norm(branch if bias is None else branch + bias.to(branch.dtype)), drawn)
+        keep = self.drop_path.keep(branch, drawn)
+        form = {"keep": keep, "delta_bias": bias, "norm": "delta", "backend": self.attn.backend}
         return residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **form)
 
 
