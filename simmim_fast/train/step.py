@@ -40,7 +40,13 @@ def train_step(
 
     Returns:
         Loss, and gradient norm before clipping: scalars on the device, which is not waited for.
+
+    Raises:
+        TypeError: a float mask: its cells could be neither hidden nor visible.
     """
+    for _, mask in micro_batches:
+        if mask.is_floating_point():
+            raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     optimizer.zero_grad()
     masked_pixels = [_masked_pixels(images, mask) for images, mask in micro_batches]
     all_masked_pixels = sum(masked_pixels)
