@@ -9,9 +9,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from simmim_fast._arguments import check_at_least, check_choice
+from simmim_fast._arguments import check_at_least, check_types
 from simmim_fast.train.step import is_fused_optimizer, train_step
 from simmim_fast.train.stream import MicroBatch
 
@@ -33,9 +33,14 @@ class GraphedStep:
     finite is left out on the device: parameters and moments stay, and the numbers returned tell.
 
     A recording replays the same work on the same memory. So every call needs the shapes and dtypes of the first; rates
-    may change at any time, by a scheduler or by hand, but weight decay, betas, `model.train()` and which parameters are
-    trained are those of the recording. After `optimizer.load_state_dict` it records anew. A model that waits for the
-    device cannot be recorded (SimMIM does not), and DistributedDataParallel needs `eager_calls=11`.
+    may change at any time, by a scheduler or by hand: each replay reads every group's "lr", a number or a tensor, which
+    stays what it is. Weight decay, betas, `model.train()` and which parameters are trained are those of the recording.
+    Python does not run in a replay, and so neither do hooks of modules, tensors or of `optimizer.step`. After
+    `optimizer.load_state_dict` it records anew.
+
+    What waits for the device cannot be recorded, nor what reads the random generator's state, as activation
+    checkpointing does unless it is told `preserve_rng_state=False`; our models are, where no dropout is on. What
+    DistributedDataParallel and torch.compile ask for stands in docs/pretrain.md.
 
     Args:
         model: Called as `model(images, mask)`; returns the mean over the masked pixels and channels, on one device.
@@ -45,8 +50,9 @@ class GraphedStep:
         eager_calls: Calls before the recording, at least 1.
 
     Raises:
-        TypeError: `optimizer` is none.
-        ValueError: an optimizer that is not fused, or SGD with dampening; an option out of range.
+        TypeError: `optimizer` is none, `model` cannot be called; an option of another type.
+        ValueError: an optimizer that is not fused, SGD with dampening, no parameters or on several devices; on CUDA a
+            model of ours that checkpoints activations with dropout; an option out of range.
     """
 
     def __init__(
@@ -58,14 +64,19 @@ class GraphedStep:
         precision: Literal["bf16", "fp32"] = "bf16",
         eager_calls: int = 3,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(images, mask), got {type(model).__name__}")
         _check_optimizer(optimizer)
-        check_choice("precision", precision, PRECISIONS)
+        options = {"clip_grad": clip_grad, "precision": precision, "eager_calls": eager_calls}
+        check_types(GraphedStep.__init__, options)
         check_at_least("eager_calls", eager_calls, 1)
         if clip_grad is not None and not clip_grad > 0:
             raise ValueError(f"clip_grad must be positive, or None for no clipping, got {clip_grad}")
         self.optimizer = optimizer
         self.eager_calls = eager_calls
-        self.device = optimizer.param_groups[0]["params"][0].device
+        self.device = _device_of(optimizer)
+        if self._is_recorded():
+            _check_recomputation(model)
         self._update = partial(train_step, model, optimizer, clip_grad=clip_grad, bf16=precision == "bf16")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._layout: Layout | None = None
@@ -85,6 +96,7 @@ class GraphedStep:
             Loss, and gradient norm before clipping: scalars on the device, which is not waited for.
 
         Raises:
+            TypeError: what is no tensor; a mask that is neither bool nor integer.
             ValueError: no pairs, or other shapes or dtypes than in the first call.
         """
         layout = self._check(inputs)
@@ -111,6 +123,9 @@ class GraphedStep:
     def _check(self, inputs: tuple[Tensor, ...]) -> Layout:
         if not inputs or len(inputs) % 2:
             raise ValueError(f"inputs must be pairs of images and mask, got {len(inputs)} tensors")
+        for one in inputs:
+            if not isinstance(one, Tensor):
+                raise TypeError(f"inputs must be tensors, got {type(one).__name__}")
         layout = [(tensor.shape, tensor.dtype) for tensor in inputs]
         if self._layout not in (None, layout):
             raise ValueError(f"inputs must be as in the first call, {_text(self._layout)}, got {_text(layout)}")
@@ -122,12 +137,12 @@ class Recording:
 
     Args:
         update: Makes the update of a list of micro-batches.
-        optimizer: Whose rates are read from tensors from here on.
+        optimizer: Whose rates are read anew for every replay; its settings are changed only while this records.
         inputs: Images and mask of every micro-batch in turn; only shapes and dtypes count.
         stream: That records, on the parameters' device.
 
     Raises:
-        Exception: What the update raises where it cannot be recorded; the optimizer is then as before.
+        Exception: What the update raises where it cannot be recorded.
     """
 
     def __init__(
@@ -137,30 +152,20 @@ class Recording:
         inputs: tuple[Tensor, ...],
         stream: torch.cuda.Stream | None,
     ) -> None:
-        device = optimizer.param_groups[0]["params"][0].device
-        before = [
-            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-        ]
+        device = _device_of(optimizer)
         self._optimizer, self._stream = optimizer, stream
         self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self._hand_over_rates()
-        for group in optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
         optimizer.zero_grad(set_to_none=True)  # the gradients' memory is the recording's
-        try:
+        with _recordable(optimizer, self._rates):
             self._capture(partial(update, _pairs(self._inputs)))
-        except BaseException:
-            for group, settings in zip(optimizer.param_groups, before, strict=True):
-                group.update(settings)
-            raise
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The update of these inputs, at the rates that the optimizer's groups hold now."""
         for kept, tensor in zip(self._inputs, inputs, strict=True):
             kept.copy_(tensor, non_blocking=True)
-        self._hand_over_rates()
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            _hand_over(group["lr"], rate)
         loss, grad_norm = self._run()
         return loss.clone(), grad_norm.clone()
 
@@ -168,19 +173,46 @@ class Recording:
         self._graph = torch.cuda.CUDAGraph()
         # Threads of a data loader may go on using CUDA meanwhile.
         options = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._stream.device), torch.cuda.graph(self._graph, **options):
+        device = self._stream.device
+        with torch.cuda.device(device), _stream_restored(device), torch.cuda.graph(self._graph, **options):
             self._outputs = update()
 
     def _run(self) -> tuple[Tensor, Tensor]:
         self._graph.replay()
         return self._outputs
 
-    def _hand_over_rates(self) -> None:
-        """Writes each group's rate to where the recording reads it, and leaves that tensor in the group."""
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            if group["lr"] is not rate:
-                rate.fill_(group["lr"])
-                group["lr"] = rate
+
+@contextmanager
+def _recordable(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[None]:
+    """An optimizer that reads its rates, one a group, from these tensors, and may be recorded."""
+    before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "capturable" in group:
+            group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, settings in zip(optimizer.param_groups, before, strict=True):
+            group.update(settings)
+
+
+def _hand_over(lr: float | Tensor, rate: Tensor) -> None:
+    """Writes a rate to where the recording reads it, without waiting for a device."""
+    if isinstance(lr, Tensor) and lr.device == rate.device:
+        rate.copy_(lr.reshape(()))
+    else:
+        rate.fill_(float(lr))
+
+
+@contextmanager
+def _stream_restored(device: torch.device) -> Iterator[None]:
+    """The current stream is again what it was, which torch forgets where a recording fails."""
+    current = torch.cuda.current_stream(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(current)
 
 
 @contextmanager
@@ -200,6 +232,24 @@ def _check_optimizer(optimizer: object) -> None:
         raise ValueError(f"optimizer must be one of torch's, built with fused=True; got {type(optimizer).__name__}")
     if any(group.get("dampening", 0) and group["momentum"] for group in optimizer.param_groups):
         raise ValueError("optimizer must have no dampening: its first update cannot be left out where it is not finite")
+    _device_of(optimizer)
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(f"optimizer must have parameters on one device, got {found}")
+    return devices.pop()
+
+
+def _check_recomputation(model: object) -> None:
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if getattr(module, "restores_random_state", False):
+            raise ValueError(
+                f"model must not compute again what drops elements, in {name or 'itself'}: set use_checkpoint to False"
+                " or drop_rate and attn_drop_rate to 0; a CUDA graph cannot restore the random generator's state"
+            )
 
 
 def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ import gc
 import weakref
 from contextlib import nullcontext
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,7 +53,11 @@ class Rerun(graph.Recording):
 
     def _capture(self, update) -> None:
         type(self).made += 1
-        self._run = update
+        self._update = update
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        with graph._recordable(self._optimizer, self._rates):
+            return self._update()
 
 
 @pytest.fixture
@@ -158,6 +163,77 @@ def test_a_failed_recording_leaves_the_optimizer_as_it_was(recording, monkeypatc
     train_step(model, optimizer, [second])
 
 
+def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch):
+    """As torch has it: its context sets the stream back only where the capture ends well."""
+    current = ["before"]
+
+    class Capture:
+        def __init__(self, recorded, stream, **options):
+            self.stream = stream
+
+        def __enter__(self):
+            current.append(self.stream)
+
+        def __exit__(self, *raised):
+            raise RuntimeError("invalidated")
+
+    stream = SimpleNamespace(device="cuda:0")
+    fakes = {"CUDAGraph": object, "graph": Capture, "device": nullcontext, "set_stream": current.append}
+    for name, fake in {**fakes, "current_stream": lambda device: current[-1]}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    optimizer = start()[1]
+    with pytest.raises(RuntimeError, match="invalidated"):
+        graph.Recording(lambda pairs: (torch.zeros(()),) * 2, optimizer, batches(1)[0], stream)
+    assert current == ["before", stream, "before"]
+
+
+def test_settings_of_the_optimizer_stay_what_they_are(recording):
+    model, optimizer = start()
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    before = [{**group, "params": None} for group in optimizer.param_groups]
+    for batch in batches(3):
+        step(*batch)
+    assert recording.made == 1
+    assert [{**group, "params": None} for group in optimizer.param_groups] == before
+
+
+def test_a_rate_that_is_a_tensor_stays_and_is_read(recording):
+    model, _ = start()
+    rate = torch.tensor(1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    first, second, third = batches(3)
+    step(*first)
+    before = copy.deepcopy(model.state_dict())
+    step(*second)
+    assert optimizer.param_groups[0]["lr"] is rate
+    after = copy.deepcopy(model.state_dict())
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    rate.fill_(0)
+    step(*third)
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
+def test_an_empty_group_comes_first():
+    model, _ = start()
+    groups = [{"params": []}, {"params": list(model.parameters())}]
+    step = GraphedStep(model, torch.optim.AdamW(groups, fused=True), precision="fp32")
+    assert step(*batches(1)[0])[0].isfinite()
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2"])
+def test_activation_checkpointing_goes_without_dropout(recording, encoder):
+    options = {**TINY, "img_size": SIZE, "use_checkpoint": True, "drop_path_rate": 0.5}
+    model = create_model(encoder, **options)
+    step = GraphedStep(model, torch.optim.AdamW(model.parameters(), fused=True), precision="fp32", eager_calls=1)
+    assert all(step(*batch)[0].isfinite() for batch in batches(2))
+    for dropout in ({"drop_rate": 0.1}, {"attn_drop_rate": 0.1}):
+        model = create_model(encoder, **options, **dropout)
+        expected = r"model must not compute again what drops elements, in encoder.layers.0: set use_checkpoint to False"
+        with pytest.raises(ValueError, match=expected):
+            GraphedStep(model, torch.optim.AdamW(model.parameters(), fused=True))
+
+
 def test_an_optimizer_does_not_keep_it_alive(recording):
     model, optimizer = start()
     step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
@@ -189,7 +265,10 @@ def test_is_a_public_name():
     [
         ({"precision": "fp16"}, ValueError, "precision must be one of bf16, fp32, got 'fp16'"),
         ({"clip_grad": 0.0}, ValueError, "clip_grad must be positive, or None for no clipping, got 0.0"),
+        ({"clip_grad": "x"}, TypeError, "clip_grad must be a number or None, got 'x'"),
         ({"eager_calls": 0}, ValueError, "eager_calls must be at least 1, got 0"),
+        ({"eager_calls": 2.5}, TypeError, "eager_calls must be an integer, got 2.5"),
+        ({"eager_calls": True}, TypeError, "eager_calls must be an integer, got True"),
     ],
     ids=str,
 )
@@ -207,6 +286,11 @@ def test_refuses_optimizers_that_cannot_leave_an_update_out():
     sgd = torch.optim.SGD(model.parameters(), momentum=0.9, dampening=0.1, fused=True)
     with pytest.raises(ValueError, match="optimizer must have no dampening"):
         GraphedStep(model, sgd)
+    empty = torch.optim.AdamW([{"params": []}], fused=True)
+    with pytest.raises(ValueError, match="optimizer must have parameters on one device, got no parameters"):
+        GraphedStep(model, empty)
+    with pytest.raises(TypeError, match=r"model must be callable as model\(images, mask\), got dict"):
+        GraphedStep({}, torch.optim.AdamW(model.parameters(), fused=True))
 
 
 def test_refuses_inputs_of_another_layout_and_goes_on():
@@ -214,6 +298,10 @@ def test_refuses_inputs_of_another_layout_and_goes_on():
     ((images, mask),) = batches(1)
     with pytest.raises(ValueError, match="inputs must be pairs of images and mask, got 1 tensors"):
         step(images)
+    with pytest.raises(TypeError, match="inputs must be tensors, got int"):
+        step(1, 2)
+    with pytest.raises(TypeError, match=r"mask must be bool or integer, got torch.float32"):
+        step(images, mask.float())
     with pytest.raises(ValueError, match="images must have shape"):
         step(images[:, :1], mask)
     step(images, mask)
@@ -239,3 +327,77 @@ def test_a_replay_draws_stochastic_depth_anew():
         group["lr"] = 0.0
     ((images, mask),) = batches(1, 16)
     assert len({step(images, mask)[0].item() for _ in range(6)}) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoder", ["swin", "swinv2"])
+def test_a_replay_recomputes_what_it_drew(encoder):
+    results = []
+    for use_checkpoint in (False, True):
+        torch.manual_seed(0)
+        options = {**TINY, "img_size": SIZE, "drop_path_rate": 0.5, "use_checkpoint": use_checkpoint}
+        model = create_model(encoder, **options).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, fused=True)
+        step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+        torch.manual_seed(1)
+        results.append([tuple(value.item() for value in step(*batch)) for batch in batches(6)])
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+class Waiting(torch.nn.Linear):
+    """A model that reads a number from the device."""
+
+    def forward(self, images, mask):
+        loss = super().forward(images).abs().mean()
+        return loss * 2 if loss.item() > 0 else loss
+
+
+def _fail_to_record(rank: int) -> None:
+    model = Waiting(SIZE, SIZE).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    first, second = batches(2)
+    step(*first)
+    stream = torch.cuda.current_stream()
+    before = [{**group, "params": None} for group in optimizer.param_groups]
+    with pytest.raises(RuntimeError):
+        step(*second)
+    assert torch.cuda.current_stream() == stream
+    assert [{**group, "params": None} for group in optimizer.param_groups] == before
+    loss, _ = train_step(model, optimizer, [tuple(tensor.cuda() for tensor in second)])
+    assert loss.item() > 0
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_is_refused_and_leaves_all_as_it_was():
+    """In a process of its own, since torch promises nothing of its allocator afterwards."""
+    torch.multiprocessing.spawn(_fail_to_record, nprocs=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_replay_reads_a_rate_that_is_a_tensor(device):
+    model, _ = start("cuda")
+    rate = torch.tensor(1e-2, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    first, second, third = batches(3)
+    step(*first)
+    step(*second)
+    before = copy.deepcopy(model.state_dict())
+    rate.fill_(0)
+    step(*third)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_eager_calls_after_another_state_warn_of_nothing(recwarn):
+    model, optimizer = start("cuda")
+    step = GraphedStep(model, optimizer, precision="fp32", eager_calls=1)
+    for batch in batches(3):
+        step(*batch)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for batch in batches(3):
+        step(*batch)
+    assert [str(warning.message) for warning in recwarn if "capturable" in str(warning.message)] == []
