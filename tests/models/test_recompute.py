@@ -40,10 +40,14 @@ def build(encoder: str, **options: object) -> SimMIM:
     return model
 
 
+def masks(encoder: str, **options: int) -> MaskGenerator:
+    return MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6, **options)
+
+
 def batch(encoder: str, size: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
-    masks = MaskGenerator(SIZE, 16, ENCODERS[encoder]["patch_size"], 0.6)
-    return torch.randn(size, 3, SIZE, SIZE, generator=generator), masks.batch(size, generator=generator)
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
+    return images, masks(encoder).batch(size, generator=generator)
 
 
 def train(model: nn.Module, images: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -262,9 +266,11 @@ def test_what_leaves_a_block_is_a_copy(autocast: bool) -> None:
 
 @pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
 def test_compiles_whole_under_autocast(encoder: str) -> None:
+    """As pre-training compiles it: with stochastic depth, and knowing what every mask hides."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = build(encoder, recompute="mlp", drop_path_rate=0.0)
+    model = build(encoder, recompute="mlp", drop_path_rate=0.1)
+    model.counts = masks(encoder, encoder_stride=model.encoder_stride).counts
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for size in (2, 3, 5):
         expected = train(model, *batch(encoder, size), torch.bfloat16)
