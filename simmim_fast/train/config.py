@@ -156,7 +156,7 @@ class PretrainConfig:
     compile: bool = False
     """compile the model with torch.compile"""
     cuda_graph: bool = False
-    """replay the whole update as one CUDA graph (eager, with the same results, where there is no GPU)"""
+    """replay the whole update as one CUDA graph, which no GPU has run yet (where there is none: eager, same results)"""
 
     def __post_init__(self) -> None:
         check_types(PretrainConfig, vars(self))
