@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks.results import ROOT
 
-MODELS = ("tests/models/test_parity.py",)
+MODELS = ("tests/models/test_parity.py", "tests/models/test_cuda.py")
 DATA = ("tests/data/test_images.py", "tests/data/test_loader.py")
 LINES = 25  # of the tests' output that are shown where they fail
 
