@@ -83,10 +83,10 @@ wheel: $(SETUP) ## build dist/*.whl with the compiled parts
 bench: $(SETUP) ## time the ops
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
 
-bench-gpu: $(SETUP) ## GPU tests, then steps, ops and parity on an NVIDIA GPU, in under nine minutes
+bench-gpu: $(SETUP) ## smoke tests, then steps, ops and parity on an NVIDIA GPU, in under nine minutes
 	@$(BIN)/python -m benchmarks.gpu
 
-bench-gpu-full: $(SETUP) ## the same for every model, dtype, batch and contestant, going on where it was cut off
+bench-gpu-full: $(SETUP) ## all GPU tests, then every model, dtype, batch and contestant, going on where it was cut off
 	@$(BIN)/python -m benchmarks.gpu --full
 
 traffic: $(SETUP) ## count again what a step moves; OFFICIAL=PATH, a checkout of microsoft/SimMIM, for its rows

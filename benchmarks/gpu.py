@@ -1,10 +1,12 @@
 """Everything that a GPU is wanted for, in one command: compile, test, then measure, the most important first.
 
-    python -m benchmarks.gpu               # Swin-B and ViT-B, within nine minutes
-    python -m benchmarks.gpu --full        # every model, dtype, batch and contestant, without a limit
+    python -m benchmarks.gpu               # smoke tests, then Swin-B and ViT-B, within nine minutes
+    python -m benchmarks.gpu --full        # all GPU tests, every model, dtype, batch and contestant, without a limit
     python -m benchmarks.gpu --dry-run     # the plan, and what of it is left
 
-Called again, it passes over what this commit has rows of on this GPU. Nothing is downloaded.
+Each stage of the short plan has a cap, so that none starves those after it; what ran over its cap has what time is left
+in the end, or that of the next call. Called again, it passes over what this commit has rows of on this GPU. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, DTYPES
+from benchmarks.parity import RUNS
 from benchmarks.results import RESULTS, ROOT, conditions, read_rows, write_row
 from benchmarks.trainees import CONTESTANTS
 from simmim_fast import _native
@@ -34,7 +37,15 @@ LARGEST = {"swin_large_192": 128}  # images in a step that 80 GB hold beside the
 EAGER = ("fast", "fast_graph", "reference", "hf_sdpa")
 COMPILED = (*EAGER[:-2], "compiled")
 FULL_MODELS = ("swin_base_192", "vit_base_224", "swin_large_192", "swinv2_base_192")
-TESTS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu and not slow")
+OPS = (  # of the short plan, with one case of each, as most blocks or the fused model have it
+    ("shifted_window_attention", "swin_base_192 stage 3 shifted"),
+    ("biased_attention", "vit_base_224"),
+    ("linear_masked_loss", "swin_base_192 listed"),
+)
+SMOKE = ("tests/models/test_cuda.py", "tests/ops/test_every_op.py", "tests/train/test_graph.py")
+PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+# Seconds that a stage of the short plan may take; together they are the budget, but for compiling.
+CAPS = {"build": 240.0, "tests": 80.0, "eager": 60.0, "compiled": 80.0, "op": 25.0, "parity": 90.0}
 BUILD = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-e", ".")
 
 Run = Callable[[Sequence[str], float], int | None]
@@ -48,13 +59,15 @@ class Stage:
         title: What it does.
         arguments: Of Python.
         benchmark: The kind of its rows; None where it leaves none.
-        wanted: What some rows must say for it to be done: a mapping for each.
+        wanted: What some rows must say for it to be done: a mapping for each, in which `...` is anything.
+        cap: Seconds after which the stages behind it come first.
     """
 
     title: str
     arguments: tuple[str, ...]
     benchmark: str | None = None
     wanted: tuple[Mapping[str, Any], ...] = field(default=())
+    cap: float = float("inf")
 
 
 def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
@@ -65,9 +78,10 @@ def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
         official: Checkout of microsoft/SimMIM, for the contestant of that name.
     """
     models = FULL_MODELS[:2]
-    stages = [_step(model, "bf16", BATCH, names) for names in (EAGER, COMPILED) for model in models]
-    stages += [_ops(op, "bf16") for op in ("shifted_window_attention", "biased_attention", "linear_masked_loss")]
-    stages.append(_parity("swin_base_192", "bf16"))
+    stages = [_step(model, "bf16", BATCH, EAGER, cap=CAPS["eager"]) for model in models]
+    stages += [_step(model, "bf16", BATCH, COMPILED, cap=CAPS["compiled"]) for model in models]
+    stages += [_ops(op, "bf16", case, cap=CAPS["op"]) for op, case in OPS]
+    stages.append(_parity("swin_base_192", "bf16", RUNS[:3], cap=CAPS["parity"]))
     if not full:
         return stages
     options = () if official is None else ("--official", str(official))
@@ -75,30 +89,37 @@ def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
         if batch <= LARGEST.get(model, max(BATCHES)):
             stages.append(_step(model, dtype, batch, CONTESTANTS, *options))
     stages += [_ops(op, dtype) for dtype in reversed(DTYPES) for op in CASES]
-    stages += [_parity(model, dtype) for dtype in ("bf16", "fp32") for model in FULL_MODELS]
+    stages += [_parity(model, dtype, RUNS) for dtype in ("bf16", "fp32") for model in FULL_MODELS]
     return list({stage.title: stage for stage in stages}.values())
 
 
-def _step(model: str, dtype: str, batch: int, contestants: Sequence[str], *options: str) -> Stage:
+def _step(
+    model: str, dtype: str, batch: int, contestants: Sequence[str], *options: str, cap: float = float("inf")
+) -> Stage:
     given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda"}
     command = ("-m", "benchmarks.step", "--models", model, "--dtype", dtype, "--batch", str(batch))
     listed = ("--contestants", *contestants)
     title = f"step of {model}, {dtype}, batch {batch}: {', '.join(contestants)}"
     wanted = ({"arguments": {**given, "contestants": list(contestants)}},)
-    return Stage(title, (*command, "--device", "cuda", "--tests", "passed", *listed, *options), "step", wanted)
+    return Stage(title, (*command, "--device", "cuda", "--tests", "passed", *listed, *options), "step", wanted, cap)
 
 
-def _ops(op: str, dtype: str) -> Stage:
+def _ops(op: str, dtype: str, case: str = "", *, cap: float = float("inf")) -> Stage:
+    """All cases of an op, or the one of this name."""
     command = ("-m", "benchmarks.ops", "--op", op, "--dtype", dtype, "--device", "cuda", "--host", "--tests", "passed")
     given = {"dtype": dtype, "device": "cuda"}
-    wanted = tuple({"op": op, "case": case, "arguments": given} for case in CASES[op])
-    return Stage(f"{op}, {dtype}", command, "op", wanted)
+    wanted = tuple({"op": op, "case": one, "arguments": given} for one in ([case] if case else CASES[op]))
+    if case:
+        command = (*command, "--case", case)
+    return Stage(f"{op}, {dtype}" + (f": {case}" if case else ""), command, "op", wanted, cap)
 
 
-def _parity(model: str, dtype: str) -> Stage:
+def _parity(model: str, dtype: str, runs: Sequence[str], cap: float = float("inf")) -> Stage:
     command = ("-m", "benchmarks.parity", "--models", model, "--dtype", dtype, "--device", "cuda", "--tests", "passed")
     given = {"model": model, "dtype": dtype, "device": "cuda"}
-    return Stage(f"parity of {model}, {dtype}", command, "parity", ({"arguments": given},))
+    wanted = ({"arguments": given, "losses": dict.fromkeys(runs, ...)},)
+    title = f"parity of {model}, {dtype}: {', '.join(runs)}"
+    return Stage(title, (*command, "--runs", *runs), "parity", wanted, cap)
 
 
 def is_done(stage: Stage, rows: Sequence[Mapping[str, Any]], commit: str | None, gpu: str) -> bool:
@@ -115,14 +136,22 @@ def _is_of(row: Mapping[str, Any], commit: str | None, gpu: str) -> bool:
 def _says(row: Any, wanted: Any) -> bool:
     if isinstance(wanted, Mapping):
         return isinstance(row, Mapping) and all(name in row and _says(row[name], wanted[name]) for name in wanted)
-    return row == wanted
+    return wanted is ... or row == wanted
 
 
-def first() -> Iterator[Stage]:
-    """What comes before any measurement: compiling, where something is missing, and the GPU tests."""
+def first(full: bool = False) -> Iterator[Stage]:
+    """What comes before any measurement: compiling, where something is missing, and GPU tests.
+
+    Args:
+        full: All of them, and not only the smoke tests: a case an op and backend, a graph and a model.
+    """
     if _native.why_not("cuda") is not None:
-        yield Stage("compiling", BUILD)
-    yield Stage("the GPU tests", TESTS, "gpu_tests", ({"arguments": {"device": "cuda"}},))
+        yield Stage("compiling", BUILD, cap=CAPS["build"])
+    if full:
+        command, title, cap = (*PYTEST, "-m", "gpu and not slow"), "all GPU tests", float("inf")
+    else:
+        command, title, cap = (*PYTEST, "-m", "gpu and smoke", *SMOKE), "the smoke tests", CAPS["tests"]
+    yield Stage(title, command, "gpu_tests", ({"arguments": {"device": "cuda", "tests": title}},), cap)
 
 
 def stored(results: Path) -> list[dict[str, Any]]:
@@ -131,16 +160,16 @@ def stored(results: Path) -> list[dict[str, Any]]:
 
 
 def run_all(
-    stages: Sequence[Stage], budget: float, run: Run, done: Callable[[Stage], bool], passed: Callable[[], object]
+    stages: Sequence[Stage], budget: float, run: Run, done: Callable[[Stage], bool], passed: Callable[[Stage], object]
 ) -> list[str]:
-    """Run stages in order within a budget.
+    """Run stages in order within a budget; those that ran over their cap once more, with what is left.
 
     Args:
         stages: As of `first` and `plan`.
         budget: Seconds; what runs when they are over is ended.
         run: (arguments of Python, seconds left) -> exit status; None for a stage that was ended.
         done: Whether a stage has its rows.
-        passed: Called where the GPU tests have passed.
+        passed: Called with the stage of the GPU tests where they have passed.
 
     Returns:
         The titles of the stages that are left.
@@ -148,24 +177,30 @@ def run_all(
     Raises:
         SystemExit: Compiling or a test failed: nothing is measured.
     """
-    end, left = time.monotonic() + budget, []
+    end, left = time.monotonic() + budget, {}  # exit statuses by title
     for stage in stages:
         if done(stage):
             print(f"there already: {stage.title}", flush=True)
-            continue
+        else:
+            left[stage.title] = _attempt(stage, min(stage.cap, end - time.monotonic()), run, passed)
+    for stage in stages:
         seconds = end - time.monotonic()
-        if seconds <= 0:
-            left.append(stage.title)
-            continue
-        print(f"== {stage.title}", flush=True)
-        status = run(stage.arguments, seconds)
-        if stage.benchmark in (None, "gpu_tests") and status != 0:
-            sys.exit(f"nothing is measured: {stage.title} failed or took too long")
-        if stage.benchmark == "gpu_tests":
-            passed()
-        if status != 0:
-            left.append(stage.title)
-    return left
+        if left.get(stage.title, 0) is None and seconds > stage.cap:  # more than it had
+            left[stage.title] = _attempt(stage, seconds, run, passed)
+    return [title for title, status in left.items() if status != 0]
+
+
+def _attempt(stage: Stage, seconds: float, run: Run, passed: Callable[[Stage], object]) -> int | None:
+    """The exit status of a stage; None where it was ended, or there was no time to begin."""
+    if seconds <= 0:
+        return None
+    print(f"== {stage.title}", flush=True)
+    status = run(stage.arguments, seconds)
+    if stage.benchmark in (None, "gpu_tests") and status != 0:
+        sys.exit(f"nothing is measured: {stage.title} failed or took too long")
+    if stage.benchmark == "gpu_tests":
+        passed(stage)
+    return status
 
 
 def _run(arguments: Sequence[str], seconds: float) -> int | None:
@@ -204,10 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
     def done(stage: Stage) -> bool:
         return is_done(stage, rows, facts["commit"], gpu) and not facts["dirty"]
 
-    def passed() -> None:
-        write_row(RESULTS / "gpu_tests.jsonl", {"benchmark": "gpu_tests", "arguments": {"device": "cuda"}})
+    def passed(stage: Stage) -> None:
+        write_row(RESULTS / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **stage.wanted[0]})
 
-    stages = [*first(), *plan(options.full, options.official)]
+    stages = [*first(options.full), *plan(options.full, options.official)]
     if options.dry_run:
         for stage in stages:
             print(f"{'there  ' if done(stage) else 'to do  '}{stage.title}\n       {shlex.join(stage.arguments)}")

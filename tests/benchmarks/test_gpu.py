@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu, ops, parity, step
+from benchmarks.results import ROOT
+from simmim_fast.ops import OPS
 
 COMMIT, CARD = "c0ffee", "NVIDIA H100"
 RUNNERS = {"benchmarks.step": step, "benchmarks.ops": ops, "benchmarks.parity": parity}
@@ -40,6 +45,7 @@ def test_the_most_important_comes_first() -> None:
     assert [stage.benchmark for stage in short] == ["step"] * 4 + ["op"] * 3 + ["parity"]
     assert "swin_base_192" in short[0].title
     assert "vit_base_224" in short[1].title
+    assert sum(stage.cap for stage in [*gpu.first(), *short] if stage.title != "compiling") <= gpu.BUDGET
     raced = {name for stage in short[:4] for name in stage.wanted[0]["arguments"]["contestants"]}
     assert raced >= {"fast", "reference", "compiled", "hf_sdpa"}
     titles = [stage.title for stage in full]
@@ -72,13 +78,16 @@ def run_plan(statuses: Sequence[int | None], budget: float = 60.0, there: int = 
         ran.append(arguments[0])
         return next(coming)
 
-    left = gpu.run_all(stages, budget, run, lambda stage: stage in stages[1 : 1 + there], lambda: ran.append("passed"))
+    def passed(stage: gpu.Stage) -> None:
+        ran.append(f"{stage.title} passed")
+
+    left = gpu.run_all(stages, budget, run, lambda stage: stage in stages[1 : 1 + there], passed)
     return left, ran
 
 
 def test_what_is_there_is_passed_over_and_what_failed_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     left, ran = run_plan([0, 0, None], there=1)
-    assert ran == ["tests", "passed", "-m", "-m"]
+    assert ran == ["tests", "tests passed", "-m", "-m"]
     assert left == [gpu.plan()[2].title]
     assert f"there already: {gpu.plan()[0].title}" in capsys.readouterr().out
 
@@ -91,15 +100,52 @@ def test_nothing_is_measured_where_the_tests_did_not_pass(status: int | None) ->
 
 def test_a_budget_that_is_over_leaves_the_rest() -> None:
     stages = gpu.plan()
-    left = gpu.run_all(stages, -1.0, lambda *_: 0, lambda _: False, lambda: None)
+    left = gpu.run_all(stages, -1.0, lambda *_: 0, lambda _: False, lambda _: None)
     assert left == [stage.title for stage in stages]
+
+
+def test_what_ran_over_its_cap_has_what_is_left_behind_the_others() -> None:
+    stages = [gpu.Stage("slow", ("slow",), "op", cap=5.0), gpu.Stage("next", ("next",), "op", cap=7.0)]
+    given: list[tuple[str, float]] = []
+
+    def run(arguments: Sequence[str], seconds: float) -> int | None:
+        given.append((arguments[0], round(seconds)))
+        return None if seconds < 10 and arguments[0] == "slow" else 0
+
+    assert gpu.run_all(stages, 60.0, run, lambda _: False, lambda _: None) == []
+    assert given == [("slow", 5), ("next", 7), ("slow", 60)]
+    given.clear()
+    assert gpu.run_all(stages, 5.0, run, lambda _: False, lambda _: None) == ["slow"]  # no more time than it had
+    assert given == [("slow", 5), ("next", 5)]
+
+
+def test_smoke_tests_are_where_they_are_looked_for() -> None:
+    tests = ROOT / "tests"
+    marked = [path for path in tests.rglob("test_*.py") if "pytest.mark.smoke" in path.read_text()]
+    marked.remove(Path(__file__))
+    assert sorted(path.relative_to(ROOT).as_posix() for path in marked) == sorted(gpu.SMOKE)
+    (short,), (full,) = ([stage for stage in gpu.first(full) if stage.benchmark] for full in (False, True))
+    assert short.arguments[-len(gpu.SMOKE) - 1 :] == ("gpu and smoke", *gpu.SMOKE)
+    assert full.arguments[-1] == "gpu and not slow"
+    assert not gpu.is_done(full, rows_of(short), COMMIT, CARD)
+
+
+def test_every_op_and_backend_is_among_the_smoke_tests() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu and smoke", *gpu.SMOKE]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for op in OPS:
+        for backend in ("native", "triton"):
+            assert f"test_every_op.py::test_is_right_as_it_is_timed[{backend}-gpu-{op}]" in listed
+    assert "test_graph.py::test_a_replay_equals_train_step" in listed
+    assert "test_cuda.py::test_is_right_beside_the_reference" in listed
+    assert len([line for line in listed.splitlines() if "::" in line]) <= 30
 
 
 def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main(["--dry-run"])
     printed = capsys.readouterr().out
     assert all(f"to do  {stage.title}" in printed for stage in gpu.plan())
-    assert "the GPU tests" in printed
+    assert "the smoke tests" in printed
 
 
 @pytest.mark.parametrize(

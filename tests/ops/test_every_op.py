@@ -57,6 +57,17 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
+@pytest.mark.smoke
+@every_op
+@on_gpu
+def test_is_right_as_it_is_timed(target: Target, op: str) -> None:
+    inputs = small_inputs(op, 2, **mixed_precision(op), device=target.device)
+    reference = partial(getattr(ops, op), backend="reference")
+    grad_out = random_gradient(reference, inputs)
+    actual = run(on(op, target), inputs, grad_out, differentiable(inputs))
+    assert_right(actual, reference, inputs, grad_out, wanted=differentiable(inputs))
+
+
 @every_op
 @on_operators
 def test_refuses_transforms(target: Target, op: str) -> None:

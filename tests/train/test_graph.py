@@ -312,7 +312,7 @@ def test_refuses_inputs_of_another_layout_and_goes_on():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.smoke), "sgd"])
 @pytest.mark.parametrize("precision", graph.PRECISIONS)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_replay_equals_train_step(name, precision, parts):
