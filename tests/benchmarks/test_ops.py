@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contest, measured, ops
+from benchmarks import contest, measured, op_page, ops
 from benchmarks.cases import CASES
 from benchmarks.contestants import eager
 from benchmarks.results import read_rows
