@@ -118,5 +118,8 @@ def test_triton_kernels_compile(
         if sizes[2] >= 64:  # with 8 channels a thread has less than 16 bytes to load
             wide = compiled.wide_bytes("LDG") + compiled.wide_bytes("LDGSTS")
             rows = 1 if launch is launches[0] else 3  # q; q, dO and out
-            tile = rows * launch.arguments["TILE_R"] + 2 * min(launch.arguments["TILE_K"], sizes[0])
-            assert wide >= tile * sizes[2] * dtype.itemsize / launch.threads
+            keys, row_bytes = min(launch.arguments["TILE_K"], sizes[0]), sizes[2] * dtype.itemsize
+            tile = rows * min(launch.arguments["TILE_R"], sizes[0])
+            if keys * row_bytes >= 16 * launch.threads:  # of 16 keys a thread has less
+                tile += 2 * keys
+            assert wide >= tile * row_bytes / launch.threads

@@ -20,48 +20,53 @@ from simmim_fast.ops.biased_attention import reference
 
 MAX_HEAD_SIZE = 128
 MAX_IMAGE_ELEMENTS = 2**31  # of qkv, and of a head's bias: the Triton kernels' offsets inside an image are int32
-CAPABILITIES = (80, 90)  # that have tiles of their own
+CAPABILITIES = (80, 90, 100)  # that have tiles of their own
 
 
 class Tile(NamedTuple):
-    """Sizes of a Triton kernel's tiles of logits, and the warps of a program."""
+    """Sizes of a Triton kernel's tiles of logits, the warps of a program, and the images it takes at a time."""
 
     rows: int
     keys: int
     warps: int = 8
+    images: int = 1
 
 
-class Tiles(NamedTuple):
-    """The tiles of both directions."""
-
-    forward: Tile
-    backward: Tile
-
-
-def tiles(qkv: Tensor, num_heads: int, capability: int) -> Tiles:
-    """The largest tiles found that spill no register; below that, no more keys than there are."""
+def forward_tile(qkv: Tensor, num_heads: int) -> Tile:
+    """The largest tile found that spills no register; below that, no more keys than there are."""
     tokens, head_size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    chosen = _single_tiles(head_size) if qkv.itemsize > 2 else _half_tiles(tokens, head_size, capability)
-    keys = max(16, 2 ** math.ceil(math.log2(max(tokens, 1))))
-    return Tiles(*(tile._replace(keys=min(tile.keys, keys)) for tile in chosen))
+    if qkv.itemsize > 2:
+        tile = Tile(16, 32, warps=4) if head_size <= 32 else Tile(32, 32) if head_size <= 64 else Tile(16, 32)
+    elif head_size > 64:
+        tile = Tile(64, 128)
+    else:
+        tile = Tile(32, 256) if tokens <= 256 and head_size > 32 else Tile(64, 64)
+    return tile._replace(keys=min(tile.keys, _covering(tokens)))
 
 
-def _half_tiles(tokens: int, head_size: int, capability: int) -> Tiles:
+def backward_tile(qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, capability: int) -> Tile:
+    """The largest tile found that spills no register; below that, no more rows than there are.
+
+    Two images at a time where that spares reading a bias twice, and where they have the same rows.
+    """
+    tokens, head_size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    rows = tokens if queries is None else queries.shape[1]
     hopper = capability >= 90
-    if head_size > 64:
-        return Tiles(Tile(64, 128), Tile(16, 128) if hopper else Tile(16, 64))
-    one_tile = tokens <= 256
-    forward = Tile(32, 256) if one_tile and head_size > 32 else Tile(64, 64)
-    backward = Tile(16, 256) if one_tile else Tile(32, 128)
-    return Tiles(forward, backward if hopper else Tile(32, 64))
+    if qkv.itemsize > 2:
+        tile = Tile(16, 16) if head_size > 64 else Tile(32 if capability >= 100 else 64, 16)
+    elif head_size > 64:
+        tile = Tile(256 if hopper else 64, 16)
+    elif head_size <= 32 or (tokens > 256 and not hopper):
+        tile = Tile(128, 16)
+    else:
+        tile = Tile(256, 16, images=2 if hopper and tokens <= 256 else 1)
+    images = 1 if bias is None or queries is not None else tile.images
+    return tile._replace(rows=min(tile.rows, _covering(rows)), images=images)
 
 
-def _single_tiles(head_size: int) -> Tiles:
-    if head_size > 64:
-        return Tiles(Tile(16, 32), Tile(16, 16, warps=4))
-    if head_size > 32:
-        return Tiles(Tile(32, 32), Tile(16, 32, warps=4))
-    return Tiles(Tile(16, 32, warps=4), Tile(32, 32, warps=4))
+def _covering(size: int) -> int:
+    """The smallest side of a tile that holds so many rows or keys: a power of two, 16 or more."""
+    return max(16, 2 ** math.ceil(math.log2(max(size, 1))))
 
 
 def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:
@@ -77,9 +82,14 @@ def program_rows(tile: Tile, heads: int, rows: int, tokens: int) -> int:
     return tile.rows * -(-row_tiles // programs)
 
 
-def chunk_images(images: int, num_heads: int, needs_bias: bool) -> int:
-    """Images that one program of the backward adds up for the gradient of the bias: two or more."""
-    return max(2, -(-images * num_heads // MULTIPROCESSORS)) if needs_bias else 1
+def num_chunks(tile: Tile, images: int, num_heads: int, needs_bias: bool) -> int:
+    """Chunks of images, for each of which one program of the backward has a head.
+
+    For the gradient of the bias, which is added up over a chunk, a chunk is two images or more.
+    """
+    if not needs_bias:
+        return -(-images // tile.images)
+    return min(-(-images // 2), max(1, MULTIPROCESSORS // num_heads))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,15 +102,15 @@ def workspace_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the workspaces of Triton's backward, both in `compute_dtype`.
 
-    "q": the gradient of the rows' q, summed over the tiles of keys so far, where there are several. "bias": that of the
+    "kv": the gradients of k and v, summed over the tiles of rows so far, where there are several. "bias": that of the
     bias, summed over each chunk of images.
     """
     images, tokens, channels = qkv.shape
     shapes: dict[str, tuple[int, ...]] = {}
-    if tokens > tile.keys:
-        shapes["q"] = (images, tokens if queries is None else queries.shape[1], channels // 3)
+    if (tokens if queries is None else queries.shape[1]) > tile.rows:
+        shapes["kv"] = (images, tokens, 2 * channels // 3)
     if needs_bias and bias is not None:
-        shapes["bias"] = (-(-images // chunk_images(images, num_heads, needs_bias)), *bias.shape)
+        shapes["bias"] = (num_chunks(tile, images, num_heads, needs_bias), *bias.shape)
     return shapes
 
 
@@ -194,7 +204,7 @@ def _bytes_moved(
     images, rows = out.shape[:2]
     if out.numel() == 0:
         return 0, 0
-    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).forward
+    tile = forward_tile(qkv, num_heads)
     programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
     read = out.nbytes + programs * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows)
     return read + num_heads * _nbytes(queries), out.nbytes + lse.nbytes
@@ -211,24 +221,25 @@ def _bytes_moved_backward(
     scale: float,
     needs_bias: bool,
 ) -> tuple[int, int]:
-    """k and v once; q, its gradient's sum, dO, out and lse for every tile of keys; bias and its sum for every image."""
+    """q, dO, out, lse once; k, v and their gradients' sums for every tile of rows; bias and its sum for every unit."""
     images, rows = grad_out.shape[:2]
-    tile = tiles(qkv, num_heads, capability_of(qkv.device, CAPABILITIES)).backward
-    key_tiles = -(-qkv.shape[1] // tile.keys)
+    tile = backward_tile(qkv, bias, queries, num_heads, capability_of(qkv.device, CAPABILITIES))
+    row_tiles = -(-rows // tile.rows)
+    units = -(-images // tile.images)
     itemsize = compute_dtype(qkv.dtype).itemsize
     shapes = workspace_shapes(tile, qkv, bias, queries, num_heads, needs_bias)
-    grad_q_sums = itemsize * max(key_tiles - 1, 0) * math.prod(shapes.get("q", (0,)))
-    read = key_tiles * (3 * grad_out.nbytes + lse.nbytes + num_heads * _nbytes(queries))
-    read += 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows) + grad_q_sums
-    written = 2 * qkv.nbytes // 3 + grad_out.nbytes + grad_q_sums
+    grad_kv_sums = itemsize * max(row_tiles - 1, 0) * math.prod(shapes.get("kv", (0,)))
+    read = 3 * grad_out.nbytes + lse.nbytes + num_heads * _nbytes(queries)
+    read += row_tiles * 2 * qkv.nbytes // 3 + units * _rows_nbytes(bias, rows) + grad_kv_sums
+    written = 2 * qkv.nbytes // 3 + grad_out.nbytes + grad_kv_sums
     if queries is not None:
         written += qkv.nbytes // 3  # zeros where tokens are not queried
     if "bias" in shapes:
         partials, unrounded = itemsize * math.prod(shapes["bias"]), unrounded_nbytes(compute_dtype(qkv.dtype), bias)
-        of_an_image = itemsize * bias.shape[0] * rows * bias.shape[2]
-        begun = images if queries is not None else images - shapes["bias"][0]
-        read += begun * of_an_image + partials + unrounded
-        written += images * of_an_image + unrounded + bias.nbytes + (0 if queries is None else partials)
+        of_a_unit = itemsize * bias.shape[0] * rows * bias.shape[2]
+        begun = units if queries is not None else units - shapes["bias"][0]
+        read += begun * of_a_unit + partials + unrounded
+        written += units * of_a_unit + unrounded + bias.nbytes + (0 if queries is None else partials)
     return read, written
 
 
