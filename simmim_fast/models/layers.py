@@ -212,7 +212,7 @@ class Mlp(nn.Module):
         """x (..., C) to (..., C). With the second layer's parameters, x is the first's product, without its bias."""
         if fc2 is not None:
             return self.drop(self._second_layer(x, fc2))
-        if self.backend == "reference":
+        if self.backend == "reference" or not is_plain(self.fc1):
             x = self.act(self.fc1(x))
         else:
             x = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, backend=self.backend)
@@ -289,6 +289,13 @@ def _before_and_after(dropout: nn.Dropout, bias: Tensor | None) -> tuple[Tensor 
     """The bias of a product: what must be added before its dropout, and what may be added later, with the branch."""
     drops = dropout.training and dropout.p > 0
     return (bias, None) if drops else (None, bias)
+
+
+def project(x: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
+    """The product (..., D) of x (..., C) by a linear layer without a bias of its own, and a bias (D) beside it."""
+    if is_plain(layer):
+        return F.linear(x, layer.weight, bias)
+    return layer(x) if bias is None else layer(x) + bias
 
 
 def join_biases(biases: Sequence[Tensor]) -> Tensor | None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from simmim_fast._arguments import check_at_least, check_choice, check_types
 from simmim_fast.models.heads import HEADS
 from simmim_fast.models.layers import check_images, check_mask
+from simmim_fast.models.recompute import has_hooks, is_plain
 from simmim_fast.models.shortcuts import SHORTCUTS, list_tokens
 from simmim_fast.models.targets import check_target_window, norm_targets
-from simmim_fast.ops import linear_masked_loss
+from simmim_fast.ops import linear_masked_loss, masked_l1_loss
 from simmim_fast.ops.linear_masked_loss import reference
 from simmim_fast.ops.linear_masked_loss.reference import predict_pixels
 
@@ -86,6 +87,9 @@ class SimMIM(nn.Module):
                 CUDA give a NaN. TypeError: integer images, a float mask.
         """
         visible, tokens = self._lists(images, mask, counts or self.counts)
+        if not self._head_is_plain():
+            prediction = self._predict(images, mask, visible)
+            return masked_l1_loss(prediction, self.target(images), mask, self.patch_size, backend=self.backend)
         features = self._head_features(images, mask, visible, tokens)
         arguments = (features, *self._head_parameters(), self.target(images), mask)
         if self.backend == "reference":
@@ -109,6 +113,8 @@ class SimMIM(nn.Module):
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The predicted image (B, in_chans, H, W), in the units of `target`. Arguments as in `forward`."""
+        if not self._head_is_plain():
+            return self._predict(images, mask)
         features = self._head_features(images, mask)
         return predict_pixels(features, *self._head_parameters(), self.in_chans)
 
@@ -122,7 +128,7 @@ class SimMIM(nn.Module):
 
     def _encode(self, images: Tensor, mask: Tensor, visible: Tensor | None, tokens: Tensor | None) -> Tensor:
         """Features, channels last: (B, H / stride, W / stride, num_features)."""
-        if not hasattr(self.encoder, "encode"):
+        if not hasattr(self.encoder, "encode") or has_hooks(self.encoder):
             return self.encoder(images, mask).permute(0, 2, 3, 1)
         lists = {"patch_embed": ("visible", visible), "last_block": ("tokens", tokens)}
         known = {name: listed for key, (name, listed) in lists.items() if key in self.shortcuts and listed is not None}
@@ -137,6 +143,14 @@ class SimMIM(nn.Module):
         grid = features.new_zeros(features.shape[0], height * width, features.shape[2])
         index = tokens.long()[..., None].expand_as(features)
         return grid.scatter(1, index, features).unflatten(1, (height, width))
+
+    def _head_is_plain(self) -> bool:
+        """Whether the last linear layer's parameters may stand for it, and nobody watches the head."""
+        return is_plain(self.decoder[-2], nn.Conv2d) and not any(map(has_hooks, self.decoder.modules()))
+
+    def _predict(self, images: Tensor, mask: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What the head as a module makes of the features: (B, in_chans, H, W)."""
+        return self.decoder(self._encode(images, mask, visible, None).permute(0, 3, 1, 2))
 
     def _head_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight (stride^2 in_chans, D) and bias of the last linear layer."""

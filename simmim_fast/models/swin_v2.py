@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim_fast._arguments import check_at_least, check_types
-from simmim_fast.models.layers import Drawn, NormLayer, apply_mlp, block_weights, join_biases, select_tokens
+from simmim_fast.models.layers import Drawn, NormLayer, apply_mlp, block_weights, join_biases, project, select_tokens
 from simmim_fast.models.recompute import Affine, is_plain_norm
 from simmim_fast.models.swin import (
     AttentionInWindows,
@@ -85,7 +84,7 @@ class WindowAttention(AttentionInWindows):
         """
         pad_value = self.pad_value(x.shape[1:3])
         form = {"logit_scale": self.logit_scale.flatten(), "pad_value": pad_value, "queries": queries}
-        qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
+        qkv = project(x, self.qkv, join_biases(self.qkv_biases())) if proj is None else x
         x = self.attend(qkv, self.bias_table(), attn_mask, **form)
         return self.proj_drop(self.proj(x) if proj is None else proj.product(x))
 

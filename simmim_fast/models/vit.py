@@ -24,6 +24,7 @@ from simmim_fast.models.layers import (
     check_encoder_arguments,
     check_image_size,
     join_biases,
+    project,
     select_tokens,
     stochastic_depth_rates,
 )
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else own + bias
-        qkv = F.linear(x, self.qkv.weight, join_biases(self.qkv_biases())) if proj is None else x
+        qkv = project(x, self.qkv, join_biases(self.qkv_biases())) if proj is None else x
         x = self._attend(qkv, bias, queries)
         return self.proj_drop(self.proj(x) if proj is None else proj.product(x))
 

@@ -145,21 +145,39 @@ def test_ddp(encoder: str) -> None:
     assert_close(gradients(DistributedDataParallel(build(encoder)), *batch(encoder)), expected)
 
 
+def sharded_apart(model: SimMIM) -> dict[str, list[nn.Module]]:
+    """What people shard on its own before they shard the whole, by a name of the plan."""
+    encoder, blocks = model.encoder, blocks_of(model)
+    stages = list(getattr(encoder, "layers", []))
+    layers = [layer for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    return {
+        "patches, blocks and stages": [encoder.patch_embed, *blocks, *stages],
+        "nothing": [],
+        "encoder and head": [*blocks, encoder, model.decoder],
+        "parts of patches and head": [*encoder.patch_embed.children(), encoder.norm, model.decoder[0]],
+        "norms, attention and MLPs": [m for b in blocks for m in (b.norm1, b.attn, b.norm2, b.mlp)],
+        "layers": layers,
+        "shared bias and mergings": [m for name, m in model.named_modules() if name.endswith(("pos_bias", "sample"))],
+    }
+
+
 def _train_in_shards(rank: int, ranks: int, group: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=ranks)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
-    for encoder, recompute in itertools.product(ENCODERS, RECOMPUTE):
-        options = {"init_values": 0.1} if encoder == "vit" else {}
-        expected = gradients(build(encoder, **options), *batch(encoder))
-        model = build(encoder, recompute=recompute, **options)
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        loss, *shards = gradients(model, *batch(encoder))
-        assert_close([loss, *(shard.full_tensor() for shard in shards)], expected)
+    positions = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": True}
+    options = {"swin": {"ape": True}, "swinv2": {}, "vit": {"init_values": 0.1, "qkv_bias": True, **positions}}
+    for encoder in ENCODERS:
+        expected = gradients(build(encoder, **options[encoder]), *batch(encoder))
+        first, *others = sharded_apart(build(encoder, **options[encoder]))
+        for plan, recompute in (*itertools.product([first], RECOMPUTE), *itertools.product(others, ["pointwise"])):
+            model = build(encoder, recompute=recompute, **options[encoder])
+            for module in (*sharded_apart(model)[plan], model):
+                fully_shard(module, mesh=mesh)
+            loss, *shards = gradients(model, *batch(encoder))
+            assert_close([loss, *(shard.full_tensor() for shard in shards)], expected)
     torch.distributed.destroy_process_group()
 
 
 def test_fsdp2(tmp_path: Path) -> None:
-    """With two ranks a block's parameters are gone behind its forward, as they are not with one."""
+    """With two ranks a module's parameters are gone outside its forward, as they are not with one."""
     torch.multiprocessing.spawn(_train_in_shards, (2, f"{tmp_path}/group"), nprocs=2)

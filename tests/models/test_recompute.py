@@ -168,20 +168,29 @@ def test_calls_layers_that_somebody_watches(layer: str, recompute: str) -> None:
     assert_close(train(model, *batch("vit")), expected, 1e-5)
 
 
-def test_calls_layers_of_another_kind() -> None:
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_calls_layers_of_another_kind(encoder: str, layer: str) -> None:
+    """Such as an adapter's, which must not be passed over."""
+
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    def double(model: SimMIM) -> SimMIM:
-        block = model.encoder.blocks[0]
-        doubled = Doubled(block.mlp.fc2.in_features, block.mlp.fc2.out_features)
-        doubled.load_state_dict(block.mlp.fc2.state_dict())
-        block.mlp.fc2 = doubled
-        return model
+    def double(model: SimMIM) -> dict[str, Tensor]:
+        block = model.encoder.blocks[0] if encoder == "vit" else model.encoder.layers[0].blocks[0]
+        plain = block.get_submodule(layer)
+        doubled = Doubled(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        doubled.load_state_dict(plain.state_dict())
+        block.set_submodule(layer, doubled)
+        return train(model.double(), images.double(), mask)
 
-    expected = train(double(build("vit", backend="reference")), *batch("vit"))
-    assert_close(train(double(build("vit")), *batch("vit")), expected, 1e-4)
+    images, mask = batch(encoder)
+    expected = double(build(encoder, backend="reference"))
+    actual = double(build(encoder))
+    assert_close(actual, expected, 1e-12)
+    plain = train(build(encoder).double(), images.double(), mask)
+    assert (actual["loss"] - plain["loss"]).abs() > 1e-6 * plain["loss"], "the layer is passed over"
 
 
 class DoubledNorm(nn.LayerNorm):
@@ -205,7 +214,7 @@ def test_who_watches_a_block_sees_what_the_plain_one_shows(encoder: str, recompu
     def watch(model: SimMIM) -> dict[str, tuple[Tensor, Tensor]]:
         seen = {}
         block = model.encoder.blocks[0] if encoder == "vit" else model.encoder.layers[0].blocks[0]
-        names = ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc2")
+        names = ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2")
         for name in names:
             block.get_submodule(name).register_forward_hook(
                 lambda _, args, out, name=name: seen.update({name: (args[0].detach(), out.detach())})
@@ -214,10 +223,27 @@ def test_who_watches_a_block_sees_what_the_plain_one_shows(encoder: str, recompu
         return seen
 
     expected, seen = watch(build(encoder, backend="reference")), watch(build(encoder, recompute=recompute))
-    assert seen.keys() == expected.keys() >= {"norm1", "attn", "norm2", "mlp"}
+    assert seen.keys() == expected.keys() >= {"norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"}
     for name, tensors in seen.items():
         for actual, value in zip(tensors, expected[name], strict=True):
             assert relative_error(actual, value) < 1e-12, name
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["encoder", "decoder", "decoder.0"])
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+def test_who_watches_encoder_or_head_sees_what_the_plain_one_shows(encoder: str, name: str, head: str) -> None:
+    images, mask = batch(encoder)
+
+    def watch(backend: str) -> list[Tensor]:
+        seen = []
+        model = build(encoder, backend=backend, head=head, drop_path_rate=0.0).double()
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+        return [model(images.double(), mask).detach(), model.reconstruct(images.double(), mask).detach(), *seen]
+
+    actual, expected = watch("native"), watch("reference")
+    assert len(actual) == len(expected) == 4, "the hook is called by forward and by reconstruct"
+    assert all(relative_error(*pair) < 1e-12 for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["attn", "mlp", "norm2"])
