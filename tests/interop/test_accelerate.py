@@ -310,6 +310,69 @@ def test_the_report_lists_what_is_not_known():
     assert "  left: blocks.1, blocks.2, blocks.3 and 1 more: its forward computes something else" in text
 
 
+def mixer(heads: str, *projections: str) -> nn.Module:
+    """A module without a telling name."""
+    module = nn.Module()
+    setattr(module, heads, 2)
+    for name in projections:
+        setattr(module, name, nn.Linear(4, 4))
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        mixer("num_heads", "qkv"),
+        mixer("heads", "to_q", "to_kv"),
+        mixer("num_attention_heads", "query", "key", "value"),
+        mixer("n_heads", "q_proj", "k_proj", "v_proj"),
+    ],
+)
+def test_attention_of_another_name_is_listed(module):
+    report = accelerate(nn.ModuleDict({"mixer": module, "mlp": mixer("num_heads", "fc1", "fc2")}))
+    assert report.left == {"mixer": "Module has none of the forms that are known"}
+
+
+def test_positions_that_are_no_attention_are_not_listed():
+    shared = nn.Module()
+    shared.relative_position_bias_table = nn.Parameter(torch.zeros(18, HEADS))
+    assert accelerate(nn.ModuleDict({"rel_pos_bias": shared, "attn": ViTAttention(biased=False)})).left == {}
+
+
+def test_a_model_that_is_named_for_its_attention_is_looked_into():
+    model = type("AttentionModel", (nn.Module,), {})()
+    model.block, model.other = SwinTransformerBlock(0), nn.MultiheadAttention(4, 1)
+    report = accelerate(model)
+    assert report.accelerated == ["block"]
+    assert set(report.left) == {"other"}
+
+
+@pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
+@pytest.mark.parametrize("derived", [False, True], ids=["ours", "of a derived class"])
+def test_says_of_our_models_which_ops_they_call(encoder, derived):
+    sizes = {"embed_dim": 8, "img_size": 32, "num_heads": 1 if encoder == "vit" else (1, 1)}
+    sizes |= {"depth": 1} if encoder == "vit" else {"depths": (1, 1), "window_size": 4}
+    for backend, reason in {
+        "auto": "it is of simmim_fast, and calls the fused ops already",
+        "reference": 'it is of simmim_fast, built with backend="reference"',
+    }.items():
+        model = simmim_fast.create_model(encoder, backend=backend, **sizes)
+        model.__class__ = type("Theirs", (type(model),), {}) if derived else type(model)
+        report = accelerate(model)
+        assert list(report.left) == [""]
+        assert report.left[""].startswith(reason)
+        assert report.accelerated == []
+
+
+def test_their_encoder_in_our_simmim_is_accelerated():
+    encoder = Encoder(SwinTransformerBlock(0))
+    encoder.in_chans, encoder.patch_size = 3, 2
+    model = simmim_fast.SimMIM(encoder, 2)
+    report = accelerate(model)
+    assert report.accelerated == ["encoder.blocks.0"]
+    assert report.left == {"": "it is of simmim_fast, and calls the fused ops already"}
+
+
 def test_names_and_texts_of_layers_stay():
     model = two_blocks(SwinTransformerBlock)
     accelerate(model)

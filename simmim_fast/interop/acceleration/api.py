@@ -10,12 +10,12 @@ from torch import nn
 
 from simmim_fast._arguments import check_choice
 from simmim_fast._backends import BACKENDS
-from simmim_fast.interop.acceleration import hugging_face, official, timm
+from simmim_fast.interop.acceleration import hugging_face, official, openmmlab, timm
 from simmim_fast.interop.acceleration.compare import difference
-from simmim_fast.interop.acceleration.form import Form
+from simmim_fast.interop.acceleration.form import Form, is_attention
 from simmim_fast.interop.acceleration.fused import fused_class, is_fused
 
-_FORMS = (*official.FORMS, *hugging_face.FORMS, *timm.FORMS)
+_FORMS = (*official.FORMS, *hugging_face.FORMS, *timm.FORMS, *openmmlab.FORMS)
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Report:
     Attributes:
         accelerated: Modules that run fused ops now.
         restored: Modules that were put back.
-        left: Modules that look like attention or like a form that is known, and why they stay as they are.
+        left: Modules that look like attention or like a form that is known, or are of simmim_fast, and why they stay.
         notes: For accelerated modules, when they run their own forward all the same, or may come to differ from it.
     """
 
@@ -45,7 +45,7 @@ def accelerate(model: nn.Module, *, undo: bool = False, backend: str = "auto") -
     """Put the fused ops into a live model, in place; parameters, state dict and outputs stay what they are.
 
     Takes Swin, Swin V2 and ViT of the official code (microsoft/SimMIM, microsoft/Swin-Transformer) and of forks that
-    compute the same, Swin and Swin V2 of timm, and those layers of Hugging Face in any model that holds them. A module
+    compute the same (mmpretrain and mmdetection), Swin and Swin V2 of timm, and those layers of Hugging Face in any model that holds them. A module
     is known by its attributes, and each kind is compared with its own forward before it is changed; what differs, or
     is not known, is left as it is and listed with the reason.
 
@@ -98,23 +98,36 @@ class _Walk:
         self.compared: dict[object, str | None] = {}
         self.seen: set[nn.Module] = set()
 
-    def visit(self, name: str, module: nn.Module) -> None:
-        """Treats a module, or what it holds."""
+    def visit(self, name: str, module: nn.Module, within_ours: bool = False) -> None:
+        """Treats a module, or what it holds; `within_ours` if a module of this library holds it, which is listed."""
         if module in self.seen:
             return
         self.seen.add(module)
-        if type(module).__module__.startswith("simmim_fast."):
-            self.report.left[name] = "it is of simmim_fast, and calls the fused ops already"
-            return
-        form = next((form for form in self.forms if form.fits(module)), None)
+        is_ours = _is_ours(module)
+        form = None if is_ours else self.form(module)
         if form is not None:
             self.treat(name, module, form)
-        elif _looks_like_attention(module):
+        elif is_ours:
+            if not within_ours:
+                self.report.left[name] = _what_ours_does(module)
+        elif self.looks_like_attention(module):
             self.report.left[name] = f"{type(module).__name__} has none of the forms that are known"
-            return
+            if is_attention(module):
+                return
         if form is None or form.contains_others:
             for child_name, child in module.named_children():
-                self.visit(f"{name}.{child_name}".removeprefix("."), child)
+                self.visit(f"{name}.{child_name}".removeprefix("."), child, is_ours or within_ours)
+
+    def form(self, module: nn.Module) -> Form | None:
+        """The form that the module has."""
+        return next((form for form in self.forms if form.fits(module)), None)
+
+    def looks_like_attention(self, module: nn.Module) -> bool:
+        """By its structure; or by its name, if it holds nothing of which that is known."""
+        if is_attention(module):
+            return True
+        is_named = "attention" in type(module).__name__.lower()
+        return is_named and not any(is_attention(part) or self.form(part) for part in module.modules())
 
     def treat(self, name: str, module: nn.Module, form: Form) -> None:
         """Accelerates a module that fits a form, or says why not."""
@@ -150,8 +163,15 @@ class _Walk:
         return self.compared[key]
 
 
-def _looks_like_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
+def _is_ours(module: nn.Module) -> bool:
+    """Whether it is a model of this library or part of one, or of a class derived from those."""
+    return any(kind.__module__.startswith("simmim_fast.models.") for kind in type(module).__mro__)
+
+
+def _what_ours_does(module: nn.Module) -> str:
+    if any(getattr(part, "backend", None) == "reference" for part in module.modules()):
+        return 'it is of simmim_fast, built with backend="reference": built without, it loads the same state dict'
+    return "it is of simmim_fast, and calls the fused ops already"
 
 
 def _grouped(title: str, reasons: Mapping[str, str]) -> Iterator[str]:

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_TABLES = ("relative_position_bias_table", "relative_coords_table")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+_PROJECTIONS = (
+    *[(name,) for name in ("qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "in_proj_weight", "c_attn")],
+    *[("q", "kv"), ("to_q", "to_kv"), ("q", "k", "v"), ("to_q", "to_k", "to_v"), ("wq", "wk", "wv")],
+    *[("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin")],
+)
+
 
 @dataclass(frozen=True)
 class Form(ABC):
@@ -96,6 +104,19 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is built like attention, whatever its name: projections, and heads or a table of positions."""
+    is_biased = any(isinstance(getattr(module, name, None), Tensor) for name in _TABLES)
+    if is_biased and any(isinstance(child, nn.Linear) for child in module.children()):
+        return True
+    has_projections = any(all(_projects(module, name) for name in names) for names in _PROJECTIONS)
+    return has_projections and any(isinstance(getattr(module, name, None), int) for name in _HEADS)
+
+
+def _projects(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module | Tensor)
 
 
 def largest_rate(*dropouts: nn.Module | float) -> float:
