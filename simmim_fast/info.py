@@ -17,6 +17,8 @@ from simmim_fast import _native
 from simmim_fast._backends import BACKENDS, ENVIRONMENT_VARIABLE, NO_CUDA_DEVICE, Op, choose, refusal
 from simmim_fast.ops import OPS
 
+_NO_DROPOUT = "no kernel drops attention weights: in training, models with attention dropout above 0 run the reference"
+_LIMITS = {"shifted_window_attention": _NO_DROPOUT, "biased_attention": _NO_DROPOUT}
 _ENVIRONMENT = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
 
 
@@ -30,6 +32,7 @@ def collect() -> dict[str, Any]:
         "environment": what SIMMIM_FAST_BACKEND, TRITON_INTERPRET and ATEN_CPU_CAPABILITY are set to.
         "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", or None), why there
         is none ("error", or None) and why each backend that is off is off ("off").
+        "limits": for each op that has one, what its backends other than the reference never do.
     """
     return {
         "versions": _versions(),
@@ -37,6 +40,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
         "ops": {name: {device: _backends(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
+        "limits": _LIMITS,
     }
 
 
@@ -61,6 +65,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         for device, backends in devices.items():
             yield f"    {device}: {backends['use'] or backends['error']}"
             yield from (f"      {backend} is off: {reason}" for backend, reason in backends["off"].items())
+        if op in facts["limits"]:
+            yield f"    limit: {facts['limits'][op]}"
 
 
 def _section(title: str, facts: Mapping[str, Any]) -> Iterator[str]:

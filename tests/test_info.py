@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -59,6 +60,15 @@ def test_a_variable_that_cannot_be_hides_nothing(monkeypatch: pytest.MonkeyPatch
         assert devices["cpu"]["use"] is None
         assert "SIMMIM_FAST_BACKEND='triton' cannot run here" in devices["cpu"]["error"]
         assert devices["cpu"]["off"] == before[name]["cpu"]["off"]
+
+
+@pytest.mark.parametrize("op", ["shifted_window_attention", "biased_attention"])
+def test_says_that_attention_dropout_runs_the_reference(op: str) -> None:
+    lines = render(collect()).splitlines()
+    after = lines[lines.index(f"  {op}") + 1 :]
+    own = itertools.takewhile(lambda line: line.startswith("    "), after)
+    limit = "no kernel drops attention weights: in training, models with attention dropout above 0 run the reference"
+    assert f"    limit: {limit}" in own
 
 
 def test_text_names_every_fact() -> None:
