@@ -45,9 +45,9 @@ def accelerate(model: nn.Module, *, undo: bool = False, backend: str = "auto") -
     """Put the fused ops into a live model, in place; parameters, state dict and outputs stay what they are.
 
     Takes Swin, Swin V2 and ViT of the official code (microsoft/SimMIM, microsoft/Swin-Transformer) and of forks that
-    compute the same (mmpretrain and mmdetection), Swin and Swin V2 of timm, and those layers of Hugging Face in any model that holds them. A module
-    is known by its attributes, and each kind is compared with its own forward before it is changed; what differs, or
-    is not known, is left as it is and listed with the reason.
+    compute the same, Swin and Swin V2 of timm, their shifted windows of mmpretrain and mmdetection, and those layers of
+    Hugging Face in any model that holds them. A module is known by its attributes, and each kind is compared with its
+    own forward before it is changed; what differs, or is not known, is left as it is and listed with the reason.
 
     Accelerated modules run their own forward while attention dropout draws, and for calls that ask for attention
     weights or leave heads out. They can be copied, pickled (where simmim_fast can be imported), compiled and
