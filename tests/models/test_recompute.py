@@ -139,6 +139,51 @@ def stored_bytes(model: SimMIM, images: Tensor, mask: Tensor) -> int:
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_the_position_mlp_runs_once_in_a_forward(recompute: str, use_checkpoint: bool) -> None:
+    """Checkpointing runs it again with its block, in the backward."""
+    images, mask = batch("swinv2")
+    model = build("swinv2", recompute=recompute, use_checkpoint=use_checkpoint)
+    called = []
+    for stage in model.encoder.layers:
+        for block in stage.blocks:
+            block.attn.cpb_mlp.register_forward_pre_hook(lambda module, args: called.append(module))
+    loss = model(images, mask)
+    assert len(called) == len(set(called)) == 4
+    loss.backward()
+    assert len(called) == (8 if use_checkpoint else 4)
+
+
+@every_encoder
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_runs_in_bf16_throughout(encoder: str, recompute: str) -> None:
+    """By the rules for outputs and gradients, of features: L1 has other signs at its kink in another dtype."""
+    images, mask = batch(encoder)
+    weights = build(encoder).bfloat16().state_dict()
+
+    def results(dtype: torch.dtype, **options: str) -> dict[str, Tensor]:
+        model = build(encoder, drop_path_rate=0.0, **options).to(dtype)
+        model.load_state_dict(weights)
+        features = model.encoder(images.bfloat16().to(dtype), mask)
+        generator = torch.Generator().manual_seed(3)
+        features.backward(torch.randn(features.shape, generator=generator).bfloat16().to(dtype))
+        gradients = {name: value.grad for name, value in model.encoder.named_parameters()}
+        model.zero_grad()
+        loss = model(images.to(dtype), mask)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        return {"features": features.detach()} | gradients
+
+    exact = results(torch.float64, backend="reference")
+    plain = results(torch.bfloat16, backend="reference")
+    for name, value in results(torch.bfloat16, recompute=recompute).items():
+        assert value.dtype == torch.bfloat16
+        allowed = (2 if name == "features" else 3) * (plain[name] - exact[name]).norm()
+        assert (value - exact[name]).norm() <= allowed + 4 * torch.finfo(value.dtype).eps * exact[name].norm(), name
+
+
 @pytest.mark.parametrize("encoder", ["swin", "swinv2", "vit"])
 def test_casts_the_weights_of_a_block_together(encoder: str) -> None:
     counted = []
