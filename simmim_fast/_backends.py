@@ -3,9 +3,9 @@
 "reference" is plain PyTorch and runs everywhere. "native" is the compiled library: C++ on the CPU, CUDA C++ on the GPU.
 "triton" are the Triton kernels: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before the import.
 "auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first that can run:
-what was measured to be fastest on this GPU, then the device's order. float64 on a GPU, whose kernels are made for less,
-is the reference's. A backend asked for by name, by argument or by
-variable, runs or raises; it never falls back.
+what was measured to be fastest on this GPU, then the device's order. float64 on a GPU is the reference's: Triton refuses
+it there, as its products of float64 do not compile, and "auto" leaves it out. A backend asked for by name, by argument
+or by variable, runs or raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Op:
     native_devices: tuple[str, ...]
 
 
-def _native_refusal(op: Op, device: torch.device) -> str | None:
+def _native_refusal(op: Op, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it takes CPU and CUDA tensors, not {device.type}"
     if device.type not in op.native_devices:
@@ -73,7 +73,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
-def _triton_refusal(op: Op, device: torch.device) -> str | None:
+def _triton_refusal(op: Op, device: torch.device, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if TRITON_INTERPRETED and device.type in ("cpu", "cuda"):
@@ -82,6 +82,8 @@ def _triton_refusal(op: Op, device: torch.device) -> str | None:
         return "it takes CPU tensors only where TRITON_INTERPRET=1 was set before the import"
     if device.type != "cuda":
         return f"it takes CUDA tensors, not {device.type}"
+    if dtype == torch.float64:
+        return "it takes no float64 on a GPU, where Triton does not compile products of it"
     return _capability_refusal(device)
 
 
@@ -108,7 +110,7 @@ def refusal(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> s
         return f"it has no kernel for {dtype}"
     if _inside_a_transform():
         return "its kernels have a first derivative in reverse mode alone: no torch.func transform, no forward mode"
-    return _REFUSALS[backend](op, device)
+    return _REFUSALS[backend](op, device, dtype)
 
 
 def _inside_a_transform() -> bool:

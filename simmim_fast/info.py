@@ -30,8 +30,8 @@ def collect() -> dict[str, Any]:
         "native": the compiled library, as `_native.build_info` has it, with "simd", the level of the CPU kernels.
         "gpus": name, compute capability and GiB of each.
         "environment": what SIMMIM_FAST_BACKEND, TRITON_INTERPRET and ATEN_CPU_CAPABILITY are set to.
-        "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", or None), why there
-        is none ("error", or None) and why each backend that is off is off ("off").
+        "ops": for each op, for "cpu" and "cuda", the backend of an "auto" call on float32 ("use", or None) and on
+        float64 ("float64"), why there is none ("error", or None) and why each backend that is off is off ("off").
         "limits": for each op that has one, what its backends other than the reference never do.
     """
     return {
@@ -63,7 +63,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for op, devices in facts["ops"].items():
         yield f"  {op}"
         for device, backends in devices.items():
-            yield f"    {device}: {backends['use'] or backends['error']}"
+            other = backends["float64"] if backends["float64"] != backends["use"] else None
+            yield f"    {device}: {backends['use'] or backends['error']}{f' (float64: {other})' if other else ''}"
             yield from (f"      {backend} is off: {reason}" for backend, reason in backends["off"].items())
         if op in facts["limits"]:
             yield f"    limit: {facts['limits'][op]}"
@@ -119,8 +120,9 @@ def _backends(op: Op, device_type: str) -> dict[str, Any]:
     reasons = {backend: refusal(op, backend, device, torch.float32) for backend in BACKENDS}
     off = {backend: reason for backend, reason in reasons.items() if reason is not None}
     if device_type == "cuda" and not torch.cuda.is_available():
-        return {"use": None, "error": NO_CUDA_DEVICE, "off": off}
+        return {"use": None, "float64": None, "error": NO_CUDA_DEVICE, "off": off}
     try:
-        return {"use": choose(op, "auto", device, torch.float32), "error": None, "off": off}
+        use, float64 = (choose(op, "auto", device, dtype) for dtype in (torch.float32, torch.float64))
     except (RuntimeError, ValueError) as error:  # SIMMIM_FAST_BACKEND asks for what cannot be
-        return {"use": None, "error": str(error), "off": off}
+        return {"use": None, "float64": None, "error": str(error), "off": off}
+    return {"use": use, "float64": float64, "error": None, "off": off}

@@ -25,7 +25,7 @@ def available(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(*names: str) -> None:
         reasons = {name: None if name in names else "broken" for name in ("native", "triton")}
-        refusals = {name: lambda op, device, reason=reason: reason for name, reason in reasons.items()}
+        refusals = {name: lambda op, device, dtype, reason=reason: reason for name, reason in reasons.items()}
         monkeypatch.setattr(_backends, "_REFUSALS", refusals)
 
     return pretend
@@ -80,8 +80,18 @@ def test_auto_takes_the_reference_for_float64_on_a_gpu(
     monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(_backends, "FASTEST", {((9, 0), "an_op"): "native"})
     assert choose(EVERYWHERE, "auto", CUDA, torch.float64) == "reference"
-    assert choose(EVERYWHERE, "triton", CUDA, torch.float64) == "triton"
     assert choose(EVERYWHERE, "auto", CPU, torch.float64) == "native"
+
+
+def test_triton_takes_float64_in_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "it takes no float64 on a GPU, where Triton does not compile products of it"
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", False)
+    assert refusal(EVERYWHERE, "triton", CUDA, torch.float64) == reason
+    with pytest.raises(RuntimeError, match=f"an_op: backend='triton' cannot run here: {reason}"):
+        choose(EVERYWHERE, "triton", CUDA, torch.float64)
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", True)
+    for device in (CPU, CUDA):
+        assert refusal(EVERYWHERE, "triton", device, torch.float64) is None
 
 
 def test_auto_passes_over_what_the_op_lacks() -> None:

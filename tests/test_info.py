@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from simmim_fast import _native
+from simmim_fast import _backends, _native
 from simmim_fast._backends import BACKENDS
 from simmim_fast.info import collect, render
 from simmim_fast.ops import OPS
@@ -43,6 +43,14 @@ def test_says_why_native_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
             reason = f"not compiled for {device}" if device in op.native_devices else "there is no CUDA C++ for this op"
             assert facts["ops"][name][device]["off"]["native"] == reason
     assert "native is off: not compiled for cpu" in render(facts)
+
+
+def test_says_what_float64_gets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", False)
+    assert "cuda: triton (float64: reference)" in render(collect() | {"gpus": []})
+    assert collect()["ops"]["bias_gelu"]["cuda"]["float64"] == "reference"
 
 
 def test_says_what_the_variable_prevents(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,18 @@ settings.load_profile("few")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The interpreter needs a process of its own; test_triton_interpreter.py starts it, and first: it takes longest."""
     items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
-    if TRITON_INTERPRETED:
-        return
-    interpreted = [item for item in items if item.get_closest_marker("interpreted")]
-    config.hook.pytest_deselected(items=interpreted)
-    items[:] = [item for item in items if item not in interpreted]
+    left_out = {item for item in items if not takes_its_dtypes(item)}
+    if not TRITON_INTERPRETED:
+        left_out |= {item for item in items if item.get_closest_marker("interpreted")}
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def takes_its_dtypes(item: pytest.Item) -> bool:
+    """Whether a test's target takes the dtypes that parametrise it, or that its mark says."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    marked = [torch.float64] if item.get_closest_marker("float64") else []
+    return "target" not in parameters or parameters["target"].takes(*parameters.values(), *marked)
 
 
 @pytest.fixture(params=TARGETS)

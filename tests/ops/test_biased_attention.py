@@ -207,6 +207,7 @@ def test_answers_tokens_that_do_not_exist_by_nan(target: Target, token: int) -> 
 
 @on_every_backend
 @pytest.mark.parametrize("queries", [None, 2], ids=["all-rows", "queries"])
+@pytest.mark.float64
 def test_gradcheck(target: Target, queries: int | None) -> None:
     inputs = make_inputs((2, 3, 1, 2), FP64, queries=queries, device=target.device)
     leaves = [inputs.pop(name).requires_grad_() for name in ("qkv", "bias")]

@@ -170,6 +170,7 @@ def test_listing_the_tokens_changes_nothing(target: Target) -> None:
 
 
 @on_every_backend
+@pytest.mark.float64
 def test_equals_prediction_and_masked_loss(target: Target) -> None:
     from simmim_fast.ops.linear_masked_loss.reference import predict_pixels
     from simmim_fast.ops.masked_l1_loss.reference import masked_l1_loss
@@ -261,6 +262,7 @@ def test_takes_any_integer_tokens(target: Target, dtype: torch.dtype) -> None:
 @on_every_backend
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("tokens", [False, True], ids=["all-tokens", "tokens"])
+@pytest.mark.float64
 def test_gradcheck(target: Target, tokens: bool, loss: str) -> None:
     inputs = make_inputs((1, 2, 2, 2, 2, 1), 2, FP64, tokens=tokens, loss=loss, device=target.device)
     leaves = [inputs.pop(name).requires_grad_() for name in WANTED]

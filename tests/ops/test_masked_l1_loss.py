@@ -157,6 +157,7 @@ def test_integer_masks_hide_where_non_zero(target: Target, dtype: torch.dtype) -
 
 
 @on_every_backend
+@pytest.mark.float64
 def test_gradcheck(target: Target) -> None:
     inputs = make_inputs((1, 2, 2, 4), 2, FP64, device=target.device)
     prediction = inputs.pop("prediction").requires_grad_()

@@ -165,6 +165,7 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in results.values())
 
 
+@pytest.mark.float64
 def test_gradcheck(target: Target) -> None:
     inputs = make_inputs((2, 1, 3, 1, 2, 3), FP64, device=target.device)
     arguments = [inputs[name].requires_grad_() for name in PARAMETERS]

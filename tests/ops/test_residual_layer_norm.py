@@ -177,6 +177,7 @@ def test_takes_the_gradient_of_one_output_alone(target: Target, index: int) -> N
 
 
 @three_forms
+@pytest.mark.float64
 def test_gradcheck(target: Target, form: dict) -> None:
     inputs = make_inputs((2, 2, 3), FP64, **form, device=target.device)
     names = differentiable(inputs)

@@ -172,6 +172,7 @@ def test_matches_float64_at_boundary_shapes(
     ],
 )
 @on_every_backend
+@pytest.mark.float64
 def test_matches_an_oracle_that_rolls_and_partitions(target: Target, case: dict) -> None:
     inputs = make_inputs(**case, dtype=FP64, device=target.device)
     grad_out = random_gradient(reference, inputs)
@@ -181,6 +182,7 @@ def test_matches_an_oracle_that_rolls_and_partitions(target: Target, case: dict)
 
 
 @on_every_backend
+@pytest.mark.float64
 def test_divides_short_vectors_by_the_least_norm(target: Target) -> None:
     inputs = make_inputs((1, 2, 2, 1, 4), (2, 2), dtype=FP64, cosine=True, device=target.device)
     inputs["qkv"][0, 0, 0, :8] = 0
@@ -275,6 +277,7 @@ def test_answers_tokens_that_do_not_exist_by_nan(target: Target, token: int) -> 
 
 @pytest.mark.parametrize("case", [SMALL, SUBSET], ids=["all", "queries"])
 @on_every_backend
+@pytest.mark.float64
 def test_gradcheck(target: Target, case: dict) -> None:
     case = case | {"shape": (1, *case["shape"][1:3], 1, 2)}
     inputs = make_inputs(**case, dtype=FP64, cosine=True, device=target.device)

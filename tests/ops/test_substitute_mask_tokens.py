@@ -112,6 +112,7 @@ def test_takes_any_strides(target: Target, dtype: torch.dtype) -> None:
         assert all(result.is_contiguous() for result in forward_and_backward(target, inputs).values())
 
 
+@pytest.mark.float64
 def test_gradcheck(target: Target) -> None:
     x, mask, mask_token, pos_embed = make_inputs((2, 1, 3, 2), FP64, device=target.device).values()
     arguments = [t.requires_grad_() for t in (x, mask_token, pos_embed)]
