@@ -3,9 +3,9 @@
 "reference" is plain PyTorch and runs everywhere. "native" is the compiled library: C++ on the CPU, CUDA C++ on the GPU.
 "triton" are the Triton kernels: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before the import.
 "auto" is the environment variable SIMMIM_FAST_BACKEND or, where that is unset or "auto" too, the first that can run:
-what was measured to be fastest on this GPU, then the device's order. float64 on a GPU is the reference's: Triton refuses
-it there, as its products of float64 do not compile, and "auto" leaves it out. A backend asked for by name, by argument
-or by variable, runs or raises; it never falls back.
+what was measured to be fastest on this GPU, then the device's order. float64 on a GPU is the reference's:
+Triton refuses it there, since its products of float64 do not compile. A backend asked for by name, by argument or by
+variable, runs or raises; it never falls back.
 """
 
 from __future__ import annotations
