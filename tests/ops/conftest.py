@@ -44,7 +44,8 @@ def takes_its_dtypes(item: pytest.Item) -> bool:
     """Whether a test's target takes the dtypes that parametrise it, or that its mark says."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     marked = [torch.float64] if item.get_closest_marker("float64") else []
-    return "target" not in parameters or parameters["target"].takes(*parameters.values(), *marked)
+    target = parameters.get("target")
+    return not isinstance(target, Target) or target.takes(*parameters.values(), *marked)
 
 
 @pytest.fixture(params=TARGETS)
