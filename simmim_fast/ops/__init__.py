@@ -1,6 +1,6 @@
 """The ops: one folder each, with the public function, its plain PyTorch reference and its kernels."""
 
-from simmim_fast.ops._registration import OPS, bytes_moved, flops, register_flop_formulas
+from simmim_fast.ops._registration import OPS, bytes_loaded, bytes_moved, flops, register_flop_formulas
 from simmim_fast.ops.bias_gelu import bias_gelu
 from simmim_fast.ops.biased_attention import biased_attention
 from simmim_fast.ops.linear_masked_loss import linear_masked_loss
@@ -14,6 +14,7 @@ __all__ = [
     "OPS",
     "bias_gelu",
     "biased_attention",
+    "bytes_loaded",
     "bytes_moved",
     "flops",
     "linear_masked_loss",

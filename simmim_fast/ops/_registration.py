@@ -29,13 +29,18 @@ class Direction:
         schema: Arguments and results in the dispatcher's language, without a name.
         fake: From the arguments, empty results of the right shapes, dtypes and strides.
         flops: From the arguments, floating-point operations as `torch.utils.flop_counter` has them: matrix products.
-        bytes_moved: From the arguments, the bytes (read, written) in device memory, workspaces included.
+        bytes_moved: From the arguments, the bytes (read, written) in device memory: every kernel moves each element of
+            its tensors once, and what its programs load again comes from a cache. Workspaces and what PyTorch reads and
+            writes of them count. No data is read, so pixels, patches and tokens that a mask hides from a kernel count.
+        bytes_loaded: The same, but that every load of a program counts as read, except of vectors and masks. None where
+            no program loads anything else again.
     """
 
     schema: str
     fake: Callable[..., Any]
     flops: Callable[..., int]
     bytes_moved: Callable[..., tuple[int, int]]
+    bytes_loaded: Callable[..., tuple[int, int]] | None = None
 
 
 _DIRECTIONS: dict[OpOverloadPacket, Direction] = {}
@@ -77,12 +82,27 @@ def define_op(
 
 
 def bytes_moved(operator: OpOverloadPacket, *args: Any) -> tuple[int, int]:
-    """Bytes that a call of a registered operator reads and writes at most; reads no data, so meta tensors do.
+    """Bytes (read, written) that a call of a registered operator moves in a GPU's memory, if caches serve its re-reads.
+
+    Each kernel moves every element of its tensors once; workspaces and the second stages of sums are included. Reads no
+    data, so meta tensors do.
 
     Raises:
         KeyError: The operator is not one of this library's.
     """
     return _DIRECTIONS[operator].bytes_moved(*args)
+
+
+def bytes_loaded(operator: OpOverloadPacket, *args: Any) -> int:
+    """Bytes that a call of a registered operator reads if no cache serves anything: every load of a program counts.
+
+    Vectors and masks count once for every kernel.
+
+    Raises:
+        KeyError: The operator is not one of this library's.
+    """
+    direction = _DIRECTIONS[operator]
+    return (direction.bytes_loaded or direction.bytes_moved)(*args)[0]
 
 
 def flops(operator: OpOverloadPacket, *args: Any) -> int:

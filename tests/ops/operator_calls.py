@@ -23,6 +23,7 @@ class OperatorCall:
         given: Bytes of the tensors among them.
         born: Bytes of the memory that came into being during the call.
         scratch: How much of it is not returned.
+        read_by_pytorch: Bytes of the tensors that PyTorch's own operators read during the call.
     """
 
     operator: OpOverloadPacket
@@ -30,6 +31,7 @@ class OperatorCall:
     given: int
     born: int
     scratch: int
+    read_by_pytorch: int
 
 
 class OperatorCalls(TorchDispatchMode):
@@ -40,6 +42,7 @@ class OperatorCalls(TorchDispatchMode):
         self.calls: list[OperatorCall] = []
         # By address, inside an operator: held, or an address would be given out again and counted once.
         self._memory: dict[int, UntypedStorage] | None = None
+        self._read = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "simmim_fast":
@@ -47,16 +50,18 @@ class OperatorCalls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._memory is not None:
             known = memory(args)
-            self._memory.update({at: storage for at, storage in memory(result).items() if at not in known})
+            new = {at: storage for at, storage in memory(result).items() if at not in known}
+            self._memory.update(new)
+            self._read += _read(func, args) if new else 0
         return result
 
     def _operator(self, func: Any, args: tuple) -> Any:
-        self._memory = {}
+        self._memory, self._read = {}, 0
         with self:
             result = func.redispatch(backend_keys(args), *args)
         born, kept, given = (nbytes(held) for held in (self._memory, memory(result), memory(args)))
         self._memory = None
-        self.calls.append(OperatorCall(func.overloadpacket, args, given, born, born - kept))
+        self.calls.append(OperatorCall(func.overloadpacket, args, given, born, born - kept, self._read))
         return result
 
 
@@ -68,3 +73,10 @@ def memory(values: Any) -> dict[int, UntypedStorage]:
 
 def nbytes(storages: dict[int, UntypedStorage]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _read(func: Any, args: Any) -> int:
+    """Bytes of the arguments of an operator that makes a tensor, where it takes more of them than shape and dtype."""
+    name = func.overloadpacket.__name__
+    looks_alone = name.startswith("new_") or name.endswith("_like")
+    return 0 if looks_alone else sum(value.nbytes for value in tree_leaves(args) if isinstance(value, Tensor))

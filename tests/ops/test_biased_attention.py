@@ -26,6 +26,7 @@ from simmim_fast.testing import (
 )
 from simmim_fast.testing import biased_attention_inputs as make_inputs
 from tests.ops import targets
+from tests.ops.accesses import Accesses
 from tests.ops.biased_attention_operators import operator_arguments, operators
 from tests.ops.targets import Target, fuzzed
 
@@ -289,27 +290,6 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
         biased_attention(**make_inputs(SMALL) | change)
 
 
-class Accesses:
-    """Bytes that interpreted kernels load and store."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime.interpreter import InterpreterBuilder as Builder
-
-        self.loaded = self.stored = 0
-        load, store = Builder.create_masked_load, Builder.create_masked_store
-
-        def counted_load(builder: Builder, pointers: Any, mask: Any, *args: Any) -> Any:
-            self.loaded += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
-            return load(builder, pointers, mask, *args)
-
-        def counted_store(builder: Builder, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
-            self.stored += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
-            return store(builder, pointers, value, mask, *args)
-
-        monkeypatch.setattr(Builder, "create_masked_load", counted_load)
-        monkeypatch.setattr(Builder, "create_masked_store", counted_store)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["several-tiles-of-keys", "one-tile-of-keys"])
 @pytest.mark.parametrize("target", TRITON, indirect=True)
@@ -321,13 +301,13 @@ def test_registers_every_load_and_store(
     qkv, bias, queries = arguments[:3]
     accesses = Accesses(monkeypatch)
     forward(*arguments)
-    assert bytes_moved(forward, *arguments) == (accesses.loaded, accesses.stored)
+    assert bytes_moved(forward, *arguments) == (accesses.loaded(), accesses.stored)
 
-    accesses.loaded = accesses.stored = 0
+    accesses.clear()
     backward(*backward_arguments)
     read, written = bytes_moved(backward, *backward_arguments)
     partials = 0 if bias is None else 3 * bias.nbytes  # for two images each; PyTorch adds them up
     read_by_pytorch, written_by_pytorch = partials, 0 if bias is None else bias.nbytes
     if queries is not None:
         written_by_pytorch += partials + qkv.nbytes // 3  # zeros
-    assert (read, written) == (accesses.loaded + read_by_pytorch, accesses.stored + written_by_pytorch)
+    assert (read, written) == (accesses.loaded() + read_by_pytorch, accesses.stored + written_by_pytorch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,25 @@ def test_cost_formulas(backend: str) -> None:
     with FlopCounterMode(display=False) as counter:
         forward(*operator_arguments(inputs))
     assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "patch", "hidden"),
+    [("Swin-B 192", (64, 3, 192, 192), 4, 22 / 36), ("ViT-B 224", (64, 3, 224, 224), 16, 30 / 49)],
+    ids=["swin", "vit"],
+)
+def test_readme_states_the_bytes(model: str, shape: tuple, patch: int, hidden: float) -> None:
+    forward, backward = operators(Target("native"))
+    inputs = make_inputs(shape, patch, BF16, FP32, device="meta")
+    loss, sign, scale = forward(*operator_arguments(inputs))
+    counted = sum(bytes_moved(forward, *operator_arguments(inputs)))
+    partials = 2 * 16 * shape[0] * 3 * shape[2] // 16  # a float64 and an int64 for 16 rows, written and read
+    least = counted - partials - (1 - hidden) * (inputs["prediction"].nbytes + inputs["target"].nbytes)
+    backward_counted = sum(bytes_moved(backward, loss, sign, scale, BF16))
+    readme = Path(inspect.getfile(reference)).with_name("README.md").read_text()
+    for direction, moved, minimum in (("forward", counted, least), ("backward", backward_counted, backward_counted)):
+        row = f"| {model}, {shape} | {direction} | {moved / 1e6:.1f} | {minimum / 1e6:.1f} |"
+        assert row in readme, row
 
 
 COMPILED = [

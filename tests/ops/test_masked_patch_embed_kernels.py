@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim_fast.ops import bytes_moved, register_flop_formulas
+from simmim_fast.ops import bytes_loaded, bytes_moved, flops, register_flop_formulas
+from simmim_fast.ops.masked_patch_embed import reference
 from simmim_fast.ops.masked_patch_embed.op import MAX_NORM_CHANNELS, chunk_rows, size_refusal
 from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
 from simmim_fast.testing import offline
@@ -40,27 +41,43 @@ def test_cost_formulas(norm: bool) -> None:
             operator(*call)
         assert counter.get_total_flops() == products * product
 
-    out = forward(*arguments)
-    given = sum(value.nbytes for value in inputs.values() if value is not None)
-    read, written = bytes_moved(forward, *arguments)
-    assert (read, written) == (given + inputs["mask"].nbytes, out.nbytes + rows * 32 * 4)
+    assert bytes_moved(forward, *arguments)[1] == forward(*arguments).nbytes + rows * 32 * 4
 
-    # What the launcher allocates, beside what it returns, is written once and read once; and so is the float32 sum of
-    # the bf16 weight's gradient.
+    # What the launcher allocates, beside what it returns, is written once; and so is the float32 sum of the bf16
+    # weight's gradient.
     pointers = {}
     for launch in offline.launches(kernels.backward, *backward_arguments):
         pointers |= {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     workspace = sum(value.nbytes for name, value in pointers.items() if "partial" in name or "rows" in name)
     workspace += 4 * inputs["weight"].numel()
     gradients = backward(*backward_arguments)
-    read, written = bytes_moved(backward, *backward_arguments)
-    assert written == workspace + sum(gradient.nbytes for gradient in gradients)
-    image, mask, weight, visible = (inputs[name] for name in ("image", "mask", "weight", "visible"))
-    small = inputs["bias"].nbytes + visible.nbytes + (inputs["norm_weight"].nbytes if norm else 0)
-    tokens, of_rows = out.nbytes + mask.nbytes, rows * 32 * 4 + image.nbytes
-    again = image.nbytes + weight.nbytes if norm else 0
-    assert read == workspace + small + tokens + of_rows + again
-    assert chunk_rows(rows, weight) == 256
+    assert bytes_moved(backward, *backward_arguments)[1] == workspace + sum(gradient.nbytes for gradient in gradients)
+    assert chunk_rows(rows, inputs["weight"]) == 256
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "hidden", "norm"),
+    [
+        ("Swin-B 192, out (64, 48, 48, 128)", (64, 48, 48, 3, 4, 128), 22 / 36, True),
+        ("ViT-B 224, out (64, 14, 14, 768)", (64, 14, 14, 3, 16, 768), 30 / 49, False),
+    ],
+    ids=["swin", "vit"],
+)
+def test_readme_states_the_bytes(model: str, shape: tuple, hidden: float, norm: bool) -> None:
+    forward, backward = operators(Target("triton"))
+    inputs = make_inputs(shape, norm=norm, pos_embed=False, visible=True, hidden=hidden, device="meta")
+    arguments, backward_arguments = operator_arguments(inputs, BF16, FP32)
+    readme = Path(reference.__file__).with_name("README.md").read_text()
+    for direction, operator, call in (("forward", forward, arguments), ("backward", backward, backward_arguments)):
+        results = operator(*call)
+        tensors = (*call, *(results if isinstance(results, tuple) else (results,)))
+        least = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        least -= int(hidden * inputs["image"].nbytes)
+        read, written = bytes_moved(operator, *call)
+        nbytes = (read + written, bytes_loaded(operator, *call) + written, least)
+        figures = (*(number / 1e6 for number in nbytes), flops(operator, *call) / 1e9)
+        row = f"| {model} | {direction} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |"
+        assert row in readme, row
 
 
 SHAPES = {"swin-b": (8, 48, 48, 3, 4, 128), "vit-b": (8, 14, 14, 3, 16, 768), "swin-l": (8, 48, 48, 3, 4, 192)}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 WITH_KERNELS = [name for name, op in OPS.items() if "triton" in op.implementations]
 
 
-@pytest.mark.parametrize("name", ["every_op", "every_op_memory", *WITH_KERNELS])
+@pytest.mark.parametrize("name", ["every_op", "every_op_bytes", "every_op_memory", *WITH_KERNELS])
 def test_kernels_in_the_interpreter(name: str, tmp_path: Path) -> None:
     run_interpreted(name, "not slow", tmp_path)
 

@@ -8,7 +8,9 @@ For L1 the slope is a sign and an int8, otherwise it has the dtype of the featur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,14 +169,32 @@ def _bytes_moved(
     patch_size: int,
     loss: int,
     keep_slope: bool,
+    *,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """The listed tokens and all pixels once; what tiles read again comes from L2. Mask and partial sums: twice."""
+    """All pixels under the tokens. Every tile of outputs loads features, every tile of tokens the weight."""
+    rows, outputs = row_count(features, tokens), weight.shape[0]
+    token_tiles, output_tiles, _ = _tiles(features, weight, rows) if every_load else (1, 1, 1)
     partial = 16 * chunk_count(features, weight, tokens)
-    rows = row_count(features, tokens)
-    read = rows * features.shape[3] * features.itemsize + weight.nbytes + bias.nbytes + target.nbytes + 2 * mask.nbytes
-    read += sum(t.nbytes for t in (tokens, mean, std) if t is not None) + 8
-    slopes = rows * weight.shape[0] * slope_dtype(features.dtype, loss).itemsize if keep_slope else 0
+    read = output_tiles * (rows * features.shape[3] * features.itemsize + _tokens_nbytes(tokens, every_load))
+    read += token_tiles * weight.nbytes + rows * outputs * target.itemsize
+    masked = mask.nbytes * rows // max(1, math.prod(features.shape[:3]))  # entries over the tokens
+    read += bias.nbytes + mask.nbytes + masked + sum(t.nbytes for t in (mean, std) if t is not None) + 8
+    slopes = rows * outputs * slope_dtype(features.dtype, loss).itemsize if keep_slope else 0
     return read + partial, partial + 8 + slopes + 2 * loss_dtype(features.dtype).itemsize
+
+
+def _tiles(features: Tensor, weight: Tensor, rows: int) -> tuple[int, int, int]:
+    """Tiles of tokens, of outputs and of channels."""
+    channels = features.shape[3]
+    return -(-rows // TILE_TOKENS), -(-weight.shape[0] // TILE_OUTPUTS), -(-channels // TILE_CHANNELS)
+
+
+def _tokens_nbytes(tokens: Tensor | None, every_load: bool) -> int:
+    """Bytes that are read of a list of tokens: each is loaded with the one before it."""
+    if tokens is None:
+        return 0
+    return tokens.nbytes + every_load * max(0, tokens.nbytes - tokens.shape[0] * tokens.itemsize)
 
 
 def _bytes_moved_backward(
@@ -191,19 +211,25 @@ def _bytes_moved_backward(
     needs_features: bool,
     needs_weight: bool,
     needs_bias: bool,
+    *,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """Slopes once per product. Of listed tokens the gradient is written twice: zeros first.
+    """Slopes once per product, and for every tile that loads them. Of listed tokens the gradient is written twice.
 
     Sums over chunks of rows are written, read and added, and written once more where they are rounded.
     """
-    listed = row_count(features, tokens) * features.shape[3] * features.itemsize
-    scalars = grad_loss.nbytes + scale.nbytes + (0 if tokens is None else tokens.nbytes)
-    sums = needs_weight or needs_bias
-    read = needs_features * (slope.nbytes + weight.nbytes + scalars) + sums * (slope.nbytes + scalars)
-    read += needs_weight * listed
+    rows, outputs = row_count(features, tokens), weight.shape[0]
+    listed = rows * features.shape[3] * features.itemsize
+    token_tiles, output_tiles, channel_tiles = _tiles(features, weight, rows) if every_load else (1, 1, 1)
+    of_tokens = _tokens_nbytes(tokens, every_load)
+    read = needs_features * (channel_tiles * (slope.nbytes + of_tokens) + token_tiles * weight.nbytes)
+    if needs_weight or needs_bias:
+        tiles = channel_tiles if needs_weight else 1
+        read += tiles * (slope.nbytes + output_tiles * of_tokens) + needs_weight * output_tiles * listed
+    read += (needs_features + (needs_weight or needs_bias)) * (grad_loss.nbytes + scale.nbytes)
     written = needs_features * (listed + (0 if tokens is None else features.nbytes))
-    elements = needs_weight * weight.numel() + needs_bias * weight.shape[0]
-    chunks, sum_dtype = row_chunks(row_count(features, tokens), weight)[0], loss_dtype(features.dtype)
+    elements = needs_weight * weight.numel() + needs_bias * outputs
+    chunks, sum_dtype = row_chunks(rows, weight)[0], loss_dtype(features.dtype)
     partials = 0
     if chunks > 1:
         rounded = unrounded_nbytes(sum_dtype, weight.new_empty(elements, device="meta"))
@@ -224,8 +250,20 @@ _BACKWARD = (
 OP = define_op(
     "linear_masked_loss",
     reference=_reference,
-    forward=Direction(schema=_FORWARD, fake=_fake, flops=_flops, bytes_moved=_bytes_moved),
-    backward=Direction(schema=_BACKWARD, fake=_fake_backward, flops=_flops_backward, bytes_moved=_bytes_moved_backward),
+    forward=Direction(
+        schema=_FORWARD,
+        fake=_fake,
+        flops=_flops,
+        bytes_moved=_bytes_moved,
+        bytes_loaded=partial(_bytes_moved, every_load=True),
+    ),
+    backward=Direction(
+        schema=_BACKWARD,
+        fake=_fake_backward,
+        flops=_flops_backward,
+        bytes_moved=_bytes_moved_backward,
+        bytes_loaded=partial(_bytes_moved_backward, every_load=True),
+    ),
     setup_context=_setup_context,
     gradients=_gradients,
     backends={"native": None, "triton": "simmim_fast.ops.linear_masked_loss.kernels"},

@@ -13,34 +13,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import MIN_DOT_SIZE, OPERAND_TYPES, compute_type, contiguous, dot, on_device_of, store_rounded
+from simmim_fast._triton import OPERAND_TYPES, compute_type, contiguous, dot, on_device_of, store_rounded
 from simmim_fast.ops.masked_patch_embed.kernels_rows import (
-    Tile,
     load_patches,
     normalise,
     project,
     row_patches,
-    row_tile,
     tile_constants,
 )
 from simmim_fast.ops.masked_patch_embed.op import (
     CHUNK_IMAGES,
     CHUNK_POSITIONS,
-    WEIGHT_TILE_CHANNELS,
-    WEIGHT_TILE_NUMBERS,
+    Tile,
     check_listed,
     chunk_rows,
     differentiates_norm,
     gradient_shapes,
+    row_tile,
     sum_dtype,
     sums_tokens,
     sums_weight,
     total_rows,
     wanted_workspaces,
+    weight_tile,
     workspace_shapes,
 )
 
-WEIGHT_TILE_ROWS = 32
 TOKEN_TILE_CHANNELS = 128
 SIZES = ("total_rows", "rows_per_image", "num_patches", "num_channels", "num_numbers", "height", "width")
 
@@ -455,12 +453,7 @@ def _sum_weight(
     """Fill "weight" from "rows", or without a norm from grad_out."""
     partial = workspaces["weight"]
     chunks, channels, numbers = partial.shape
-    tile = Tile(
-        WEIGHT_TILE_ROWS,
-        min(WEIGHT_TILE_CHANNELS, max(MIN_DOT_SIZE, triton.next_power_of_2(channels))),
-        min(WEIGHT_TILE_NUMBERS, max(MIN_DOT_SIZE, triton.next_power_of_2(numbers))),
-        num_warps=4,
-    )
+    tile = weight_tile(channels, numbers)
     grid = (chunks, triton.cdiv(channels, tile.channels), triton.cdiv(numbers, tile.numbers))
     _masked_patch_embed_bwd_weight_kernel[grid](
         grad_out_ptr=grad_out,

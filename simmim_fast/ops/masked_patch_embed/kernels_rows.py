@@ -5,36 +5,11 @@ Letters as in op.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from simmim_fast._triton import MIN_DOT_SIZE, dot
-
-
-class Tile(NamedTuple):
-    """How a kernel that multiplies rows with the weight is launched: the tile of one program, and its warps."""
-
-    rows: int
-    channels: int
-    numbers: int
-    num_warps: int
-
-
-def row_tile(weight: Tensor, dtype: torch.dtype, norm: bool, live: int) -> Tile:
-    """The tile of a program that holds `live` numbers for each row and channel; with a norm, of all channels.
-
-    Offline compilation shows that nothing is spilled so; dots in float32 take more registers than those in halves.
-    """
-    channels = max(MIN_DOT_SIZE, triton.next_power_of_2(weight.shape[0]))
-    channels = channels if norm else min(channels, 128)
-    rows = min(64, max(MIN_DOT_SIZE, (8192 if live == 1 else 4096) // channels))
-    half, numbers = dtype.itemsize == 2, weight[0].numel()
-    num_warps = min(16, max(4 if half else 8, live * rows * channels // 4096))
-    return Tile(rows, channels, 32 if half and numbers % 32 == 0 else MIN_DOT_SIZE, num_warps)
+from simmim_fast._triton import dot
+from simmim_fast.ops.masked_patch_embed.op import Tile
 
 
 def tile_constants(tile: Tile) -> dict[str, int]:

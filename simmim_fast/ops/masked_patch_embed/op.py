@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,43 @@ CHUNK_POSITIONS = 16
 # Rows of a chunk of the other sums: the most that leave enough programs to fill a GPU, or else the last.
 CHUNK_ROWS = (2048, 1024, 512, 256)
 # Tiles of the gradient of the weight.
+WEIGHT_TILE_ROWS = 32
 WEIGHT_TILE_CHANNELS = 128
 WEIGHT_TILE_NUMBERS = 64
 MAX_NORM_CHANNELS = 1024
+
+
+class Tile(NamedTuple):
+    """How a Triton kernel that multiplies rows is launched: the tile of one program, and its warps."""
+
+    rows: int
+    channels: int
+    numbers: int
+    num_warps: int
+
+
+def row_tile(weight: Tensor, dtype: torch.dtype, norm: bool, live: int) -> Tile:
+    """The tile of a program that holds `live` numbers for each row and channel; with a norm, of all channels.
+
+    Offline compilation shows that nothing is spilled so; dots in float32 take more registers than those in halves.
+    """
+    channels = _tile_side(weight.shape[0])
+    channels = channels if norm else min(channels, 128)
+    rows = min(64, max(16, (8192 if live == 1 else 4096) // channels))
+    half, numbers = dtype.itemsize == 2, weight[0].numel()
+    num_warps = min(16, max(4 if half else 8, live * rows * channels // 4096))
+    return Tile(rows, channels, 32 if half and numbers % 32 == 0 else 16, num_warps)
+
+
+def weight_tile(channels: int, numbers: int) -> Tile:
+    """The tile of a program that yields a part of the weight's gradient."""
+    sides = (min(WEIGHT_TILE_CHANNELS, _tile_side(channels)), min(WEIGHT_TILE_NUMBERS, _tile_side(numbers)))
+    return Tile(WEIGHT_TILE_ROWS, *sides, num_warps=4)
+
+
+def _tile_side(size: int) -> int:
+    """The least power of two, from 16, that holds so many elements."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def size_refusal(backend: str, *, channels: int, norm: bool) -> str | None:
@@ -196,16 +231,49 @@ def _flops_backward(
     return (again + (gradient_dtypes[0] is not None)) * _product(mask, weight, visible)
 
 
-def _bytes_moved(image: Tensor, mask: Tensor, weight: Tensor, *others: Any) -> tuple[int, int]:
-    """All of the image counts as read, once, though only the visible patches are.
+def _bytes_moved(
+    image: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask_token: Tensor,
+    pos_embed: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    visible: Tensor | None,
+    eps: float,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *,
+    every_load: bool = False,
+) -> tuple[int, int]:
+    """Every tile of channels loads the rows of pixels, every tile of rows the weight, every image the positions.
 
-    With `visible`, all that is not hidden is written twice: first as NaN.
+    Of the mask a byte for every row. Without `visible` all patches count as rows, though only the visible are read.
+    With it, all that is not hidden is written twice: first as NaN.
     """
-    out_dtype, visible = others[-1], others[7]
-    out = mask.numel() * weight.shape[0] * out_dtype.itemsize
-    rewritten = 0 if visible is None else visible.numel() * weight.shape[0] * out_dtype.itemsize
-    read = sum(tensor.nbytes for tensor in (image, mask, weight, *others) if isinstance(tensor, Tensor))
-    return read + mask.nbytes, out + rewritten
+    rows, channels = total_rows(mask, visible), weight.shape[0]
+    tile = row_tile(weight, compute_dtype, norm_weight is not None, live=1)
+    channel_tiles, row_tiles, images = -(-channels // tile.channels), -(-rows // tile.rows), mask.shape[0]
+    if not every_load:
+        channel_tiles = row_tiles = images = 1
+    read = (
+        mask.nbytes + rows + _nbytes(bias, norm_weight, norm_bias, mask_token, mean, std) + images * _nbytes(pos_embed)
+    )
+    read += channel_tiles * (_pixels_nbytes(rows, image, weight) + _nbytes(visible)) + row_tiles * weight.nbytes
+    rewritten = 0 if visible is None else rows
+    return read, (mask.numel() + rewritten) * channels * out_dtype.itemsize
+
+
+def _pixels_nbytes(rows: int, image: Tensor, weight: Tensor) -> int:
+    """Bytes of the pixels of so many patches."""
+    return rows * weight[0].numel() * image.itemsize
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _bytes_moved_backward(
@@ -221,37 +289,35 @@ def _bytes_moved_backward(
     eps: float,
     compute_dtype: torch.dtype,
     *gradient_dtypes: torch.dtype | None,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """Gradient and image once for each kernel that reads them; workspaces are written and read once."""
-    norm, rows = norm_weight is not None, total_rows(mask, visible)
-    shapes = workspace_shapes(grad_out, weight, rows, norm)
-    wanted = wanted_workspaces(norm, gradient_dtypes)
-    workspace = sum(
-        math.prod(shapes[name]) * (compute_dtype if name == "rows" else sum_dtype(grad_out.dtype)).itemsize
-        for name in wanted
-    )
-    row_gradients = rows * grad_out.shape[3] * grad_out.itemsize
-    of_tokens, of_rows, of_weight = (needed(wanted) for needed in (sums_tokens, differentiates_norm, sums_weight))
+    """The output's gradient, its rows, pixels and weight for each kernel, and for every tile that loads them.
+
+    As in the forward, all patches count as rows without `visible`. Partial sums are written and read once.
+    """
+    norm, rows, channels = norm_weight is not None, total_rows(mask, visible), weight.shape[0]
+    wanted, shapes = wanted_workspaces(norm, gradient_dtypes), workspace_shapes(grad_out, weight, rows, norm)
+    sums = sum_dtype(grad_out.dtype)
+    partials = sums.itemsize * sum(math.prod(shapes[name]) for name in wanted - {"rows"})
+    pixels, grad_rows = _pixels_nbytes(rows, image, weight), rows * channels * grad_out.itemsize
+    of_tokens, of_norm, of_weight = (needed(wanted) for needed in (sums_tokens, differentiates_norm, sums_weight))
     read = of_tokens * (grad_out.nbytes + mask.nbytes)
-    read += of_rows * (row_gradients + image.nbytes + weight.nbytes) + of_weight * image.nbytes
-    read += 0 if norm or not of_weight else row_gradients
-    read += sum(tensor.nbytes for tensor in (bias, norm_weight, mean, std, visible) if tensor is not None)
-    results = _fake_backward(
-        grad_out.to("meta"),
-        image,
-        mask,
-        weight,
-        bias,
-        norm_weight,
-        mean,
-        std,
-        visible,
-        eps,
-        compute_dtype,
-        *gradient_dtypes,
-    )
-    workspace += unrounded_nbytes(sum_dtype(grad_out.dtype), *results)
-    return read + workspace, workspace + sum(result.nbytes for result in results)
+    if of_norm:
+        row_tiles = -(-rows // row_tile(weight, compute_dtype, norm, live=3).rows) if every_load else 1
+        read += pixels + grad_rows + row_tiles * weight.nbytes + rows + _nbytes(visible, bias, norm_weight, mean, std)
+    if of_weight:
+        tile = weight_tile(channels, weight[0].numel())
+        channel_tiles, number_tiles = -(-channels // tile.channels), -(-weight[0].numel() // tile.numbers)
+        if not every_load:
+            channel_tiles = number_tiles = 1
+        grad_rows = rows * channels * compute_dtype.itemsize if norm else grad_rows
+        read += channel_tiles * pixels + number_tiles * grad_rows + rows + _nbytes(mean, std)
+        read += channel_tiles * number_tiles * _nbytes(visible)
+    given = (grad_out.to("meta"), image, mask, weight, bias, norm_weight, mean, std, visible, eps, compute_dtype)
+    results = _fake_backward(*given, *gradient_dtypes)
+    stored = partials + unrounded_nbytes(sums, *results)
+    rows_stored = rows * channels * compute_dtype.itemsize if "rows" in wanted else 0
+    return read + stored, stored + rows_stored + _nbytes(*results)
 
 
 def wanted_workspaces(norm: bool, gradient_dtypes: tuple[torch.dtype | None, ...]) -> set[str]:
@@ -294,6 +360,7 @@ OP = define_op(
         fake=_fake,
         flops=_flops,
         bytes_moved=_bytes_moved,
+        bytes_loaded=partial(_bytes_moved, every_load=True),
     ),
     backward=Direction(
         schema="(Tensor grad_out, Tensor image, Tensor mask, Tensor weight, Tensor bias, Tensor? norm_weight,"
@@ -303,6 +370,7 @@ OP = define_op(
         fake=_fake_backward,
         flops=_flops_backward,
         bytes_moved=_bytes_moved_backward,
+        bytes_loaded=partial(_bytes_moved_backward, every_load=True),
     ),
     setup_context=_setup_context,
     gradients=_gradients,

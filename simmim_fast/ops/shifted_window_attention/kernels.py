@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_fast._triton import compute_type, contiguous, on_device_of, store_rounded
-from simmim_fast.ops._devices import ENOUGH_PROGRAMS, capability_of
+from simmim_fast.ops._devices import capability_of
 from simmim_fast.ops.shifted_window_attention.kernels_blocked import (
     _window_attention_blocked_bwd_keys_kernel,
     _window_attention_blocked_bwd_pairs_kernel,
@@ -30,6 +30,7 @@ from simmim_fast.ops.shifted_window_attention.op import (
     cuts,
     key_blocks,
     partial_shapes,
+    program_windows,
     query_blocks,
     sizes,
     statistics_shape,
@@ -52,13 +53,11 @@ class Configuration(NamedTuple):
     """Options of each kernel.
 
     Attributes:
-        forward_windows: How many windows a program of the forward takes where there are enough.
         plain_forward: Those of the forward where there is neither padding nor the cosine form, if they are others.
         plain_backward: Likewise.
     """
 
     forward: Options
-    forward_windows: int
     backward: Options
     blocked_forward: Options
     blocked_backward_queries: Options
@@ -70,7 +69,6 @@ class Configuration(NamedTuple):
 
 HALF = Configuration(
     forward=Options(4, 2),
-    forward_windows=8,
     backward=Options(4, 1),
     blocked_forward=Options(4, 2),
     blocked_backward_queries=Options(4, 2),
@@ -82,7 +80,6 @@ HALF_WIDEST = HALF._replace(blocked_forward=Options(4, 1), blocked_backward_quer
 HALF_WIDE = HALF_WIDEST._replace(blocked_backward_keys=Options(8, 1))
 SINGLE = Configuration(
     forward=Options(8, 1),
-    forward_windows=8,
     backward=Options(16, 1),
     blocked_forward=Options(8, 1),
     blocked_backward_queries=Options(8, 1),
@@ -215,7 +212,7 @@ def forward(
                 **configuration.blocked_forward._asdict(),
             )
         else:
-            windows = _program_windows(work, num_heads, configuration.forward_windows)
+            windows = program_windows(work, num_heads)
             _window_attention_fwd_kernel[(triton.cdiv(work.windows, windows) * num_heads,)](
                 **arguments,
                 num_windows=work.windows,
@@ -402,11 +399,6 @@ def _check_limits(work: Sizes) -> None:
     reason = triton_refusal(work.tokens, work.head_size)
     if reason is not None:
         raise RuntimeError(f"shifted_window_attention on triton: {reason}")
-
-
-def _program_windows(work: Sizes, num_heads: int, most: int) -> int:
-    """Windows of one program of the forward: fewer where that leaves too few programs."""
-    return max(1, min(most, work.windows * num_heads // ENOUGH_PROGRAMS))
 
 
 def _places(queries: Tensor, tokens: int) -> Tensor:

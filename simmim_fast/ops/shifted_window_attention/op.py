@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ BLOCKS = {2: HALF_BLOCKS, 4: SINGLE_BLOCKS, 8: {128: (16, 16)}}  # by bytes of a
 MAX_TOKENS = 256
 MAX_HEAD_SIZE = 128
 CUDA_HEAD_SIZE = 32  # of the CUDA C++ kernels, whose windows are whole tiles
+FORWARD_WINDOWS = 8  # of one program of the forward in whole windows, at most
 # Windows of a chunk, whose gradients of the parameters are added up before they are stored: the most that leave enough
 # programs to fill a GPU, or else the last.
 CHUNKS = (32, 16, 8, 4)
@@ -101,6 +103,11 @@ def chunk_windows(work: Sizes, num_heads: int) -> int:
     """Windows of a chunk. It depends on sizes alone, so the sums repeat from GPU to GPU."""
     programs_of_window = num_heads * query_blocks(work) * key_blocks(work)
     return next((n for n in CHUNKS if -(-work.windows // n) * programs_of_window >= ENOUGH_PROGRAMS), CHUNKS[-1])
+
+
+def program_windows(work: Sizes, num_heads: int) -> int:
+    """Windows of one program of the forward in whole windows: fewer where the most leave too few programs."""
+    return max(1, min(FORWARD_WINDOWS, work.windows * num_heads // ENOUGH_PROGRAMS))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -286,14 +293,54 @@ def _bytes_moved(
     shift_w: int,
     num_heads: int,
     scale: float,
+    *,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """q once; k and v once for every block of queries; the biases as the kernels read them."""
+    """Every block of queries loads k and v, every program its biases, every head the queries."""
     work = sizes(qkv, queries, window_h, window_w, num_heads)
-    out = _fake(qkv.to("meta"), bias_table, logit_scale, pad_value, queries)
-    blocks = 1 if work.whole else -(-work.rows // work.query_block)
-    biases = math.prod(bias_shape(work, num_heads, 1)) * compute_dtype(qkv.dtype).itemsize
-    read = out.nbytes + blocks * 2 * (qkv.nbytes // 3) + _nbytes(bias_table, logit_scale, pad_value, queries)
-    return read + biases, out.nbytes + biases
+    out, itemsize = (
+        _fake(qkv.to("meta"), bias_table, logit_scale, pad_value, queries),
+        compute_dtype(qkv.dtype).itemsize,
+    )
+    if out.numel() == 0:
+        return 0, 0
+    biases, keys_and_values = math.prod(bias_shape(work, num_heads, 1)) * itemsize, 2 * (qkv.nbytes // 3)
+    read = out.nbytes + keys_and_values + _parameters_nbytes(logit_scale, pad_value)
+    if not every_load:
+        of_queries = num_heads * work.tokens * tile(work.tokens) * itemsize  # no rows behind the window
+        read_biases = of_queries if work.whole and queries is not None else biases
+        return read + _nbytes(bias_table, queries) + read_biases, out.nbytes + biases
+    other_blocks = 0 if work.whole else -(-work.rows // work.query_block) - 1
+    read += other_blocks * keys_and_values + num_heads * _nbytes(queries) + _table_loads(work, bias_table, 1)
+    return read + _forward_bias_loads(work, num_heads, queries) * itemsize, out.nbytes + biases
+
+
+def _parameters_nbytes(logit_scale: Tensor | None, pad_value: Tensor | None) -> int:
+    """Bytes that a kernel reads of them; of the padding value the thirds of k and v."""
+    return _nbytes(logit_scale) + _nbytes(pad_value) // 3 * 2
+
+
+def _table_loads(work: Sizes, bias_table: Tensor, kinds: int) -> int:
+    """Bytes of the table that are read to make tiles of biases, or its columns."""
+    pairs = kinds * bias_table.shape[1] * work.tokens**2
+    return pairs * bias_table.itemsize if work.whole else bias_table.nbytes
+
+
+def _forward_bias_loads(work: Sizes, num_heads: int, queries: Tensor | None) -> int:
+    """Biases that the programs of the forward load: a tile of a head each, with queries for every window."""
+    if not work.whole:
+        rows = work.rows if queries is None else -(-work.rows // work.query_block) * work.query_block
+        return work.windows * num_heads * rows * work.tokens
+    tiles = work.windows if queries is not None else -(-work.windows // program_windows(work, num_heads))
+    return tiles * num_heads * tile(work.rows) * tile(work.tokens)
+
+
+def _backward_bias_loads(work: Sizes, num_heads: int, needs_table: bool) -> int:
+    """Biases that the programs of the backward load: a tile for every window, or all pairs by three kernels."""
+    if work.whole:
+        return work.windows * num_heads * tile(work.tokens) ** 2
+    chunks = -(-work.windows // chunk_windows(work, num_heads)) if needs_table else 0
+    return (3 * work.windows + chunks) * num_heads * work.tokens**2
 
 
 def _bytes_moved_backward(
@@ -310,29 +357,43 @@ def _bytes_moved_backward(
     num_heads: int,
     scale: float,
     *needs: bool,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """Tensors as often as blocks read them. Biases, partial gradients and their sums are written and read once."""
+    """Activations and biases for each kernel, and for every block that loads them; partial gradients and sums once."""
     work = sizes(qkv, queries, window_h, window_w, num_heads)
-    third, itemsize = qkv.nbytes // 3, compute_dtype(qkv.dtype).itemsize
-    read = grad_out.nbytes + 3 * third
-    workspace = math.prod(bias_shape(work, num_heads, cuts(shift_h, shift_w)))
-    parameters = zip((bias_table, logit_scale, pad_value), partial_shapes(work, num_heads).values(), needs, strict=True)
-    for parameter, shape, needed in parameters:
-        if parameter is not None and needed and shape[0] > 0:
-            workspace += math.prod(shape) + math.prod(shape[1:])
+    if qkv.numel() == 0:
+        return 0, 0
+    third, itemsize, kinds = qkv.nbytes // 3, compute_dtype(qkv.dtype).itemsize, cuts(shift_h, shift_w)
+    sums = _sums_numel(work, num_heads, (bias_table, logit_scale, pad_value), needs)
+    biases, statistics = math.prod(bias_shape(work, num_heads, kinds)), math.prod(statistics_shape(work, num_heads))
+    places = 0 if queries is None else queries.element_size() * math.prod(qkv.shape[:3])
+    kernels = 1 if work.whole else 2 + needs[0]
+    of_keys, of_queries, passes, heads = (
+        (key_blocks(work), query_blocks(work), 2, num_heads) if every_load else (1, 1, 1, 1)
+    )
+    by_keys, by_queries = of_keys * (grad_out.nbytes + third), of_queries * 2 * third
+    read, grad_out_loads = grad_out.nbytes + 3 * third, 1
     if not work.whole:
-        statistics = math.prod(statistics_shape(work, num_heads))
-        by_keys, by_queries = key_blocks(work) * (grad_out.nbytes + third), query_blocks(work) * 2 * third
-        reads_of_pairs = by_keys + by_queries if needs[0] else 0
-        read += 2 * by_queries + by_keys + reads_of_pairs
-        read += ((1 + needs[0]) * key_blocks(work) - 1) * statistics * itemsize
-        workspace += statistics
-    workspace *= itemsize
-    if queries is not None:
-        workspace += queries.element_size() * math.prod(qkv.shape[:3])
+        read += passes * by_queries + by_keys + needs[0] * (by_keys + by_queries)
+        grad_out_loads += (kernels - 1) * of_keys
+    loaded = sums + (kernels - 1) * of_keys * statistics
+    loaded += _backward_bias_loads(work, num_heads, needs[0]) if every_load else kernels * biases
+    read += _table_loads(work, bias_table, kinds) if every_load else bias_table.nbytes
+    read += kernels * _parameters_nbytes(logit_scale, pad_value)
+    read += loaded * itemsize + grad_out_loads * heads * places + _nbytes(queries)
+    written = (sums + biases + statistics) * itemsize + places
     results = _fake_backward(grad_out.to("meta"), qkv.to("meta"), bias_table, logit_scale, pad_value, queries, *needs)
-    read += _nbytes(bias_table, logit_scale, pad_value, queries)
-    return read + workspace, workspace + _nbytes(*results)
+    return read, written + _nbytes(*results)
+
+
+def _sums_numel(work: Sizes, num_heads: int, parameters: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> int:
+    """Elements of the wanted partial gradients of the parameters, and of their sums."""
+    shapes = zip(parameters, partial_shapes(work, num_heads).values(), needs, strict=True)
+    return sum(
+        math.prod(shape) + math.prod(shape[1:])
+        for parameter, shape, needed in shapes
+        if parameter is not None and needed and shape[0] > 0
+    )
 
 
 def _nbytes(*tensors: Tensor | None) -> int:
@@ -347,13 +408,20 @@ _ARGUMENTS = (
 OP = define_op(
     "shifted_window_attention",
     reference=_reference,
-    forward=Direction(schema=f"({_ARGUMENTS}) -> Tensor", fake=_fake, flops=_flops, bytes_moved=_bytes_moved),
+    forward=Direction(
+        schema=f"({_ARGUMENTS}) -> Tensor",
+        fake=_fake,
+        flops=_flops,
+        bytes_moved=_bytes_moved,
+        bytes_loaded=partial(_bytes_moved, every_load=True),
+    ),
     backward=Direction(
         schema=f"(Tensor grad_out, {_ARGUMENTS}, bool needs_table, bool needs_logit_scale, bool needs_pad_value)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         fake=_fake_backward,
         flops=_flops_backward,
         bytes_moved=_bytes_moved_backward,
+        bytes_loaded=partial(_bytes_moved_backward, every_load=True),
     ),
     setup_context=_setup_context,
     gradients=_gradients,

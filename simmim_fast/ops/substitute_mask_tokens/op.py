@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ def _no_flops(*args: Any) -> int:
     return 0
 
 
-def _bytes_moved(x: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> tuple[int, int]:
-    """All of x counts as read, though the kernels leave out what lies under the mask."""
-    read = x.nbytes + mask.nbytes + mask_token.nbytes + (0 if pos_embed is None else pos_embed.nbytes)
+def _bytes_moved(
+    x: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, *, every_load: bool = False
+) -> tuple[int, int]:
+    """All of x counts as read, though the kernels leave out what is masked. Every image loads the positions."""
+    images = x.shape[0] if every_load else 1
+    read = x.nbytes + mask.nbytes + mask_token.nbytes + (0 if pos_embed is None else images * pos_embed.nbytes)
     return read, x.numel() * output_dtype(x, mask_token, pos_embed).itemsize
 
 
@@ -103,6 +107,7 @@ OP = define_op(
         fake=_fake,
         flops=_no_flops,
         bytes_moved=_bytes_moved,
+        bytes_loaded=partial(_bytes_moved, every_load=True),
     ),
     backward=Direction(
         schema="(Tensor grad_out, Tensor mask, ScalarType? x_dtype, ScalarType? token_dtype, ScalarType? pos_dtype)"
