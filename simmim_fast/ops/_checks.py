@@ -44,8 +44,7 @@ def check_pixels(name: str, pixels: Tensor, mean: Tensor | None, std: Tensor | N
 def check_pixel_mask(mask: Tensor, pixels_name: str, pixels: Tensor, patch_size: int) -> None:
     """A mask with an entry for every patch of pixels (B, channels, H, W)."""
     check_mask(mask)
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size must be a positive integer; got {patch_size!r}")
+    check_int("patch_size", patch_size, 1)
     batch, _, height, width = pixels.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"{pixels_name} must have sides that patch_size = {patch_size} divides; got {(height, width)}")
@@ -59,7 +58,23 @@ def check_indices(name: str, indices: Tensor, batch: int, limit: int, meaning: s
         raise ValueError(f"{name} must have shape (B, K) with B = {batch}; got {tuple(indices.shape)}")
     if indices.shape[1] > limit:
         raise ValueError(f"{name} must list at most {meaning} = {limit} tokens; got K = {indices.shape[1]}")
+    if indices.dtype == torch.int64:
+        indices = indices.clamp(-1, torch.iinfo(torch.int32).max)  # what int32 cannot hold stays out of range
     return indices.int()
+
+
+def check_int(name: str, value: int, least: int) -> None:
+    """An integer, `least` or more; True and 2.0 are none."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more; got {value}")
+
+
+def check_number(name: str, value: float) -> None:
+    """An integer or a float; True is none."""
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

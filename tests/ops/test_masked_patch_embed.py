@@ -313,6 +313,7 @@ def test_more_than_int32_elements(target: Target) -> None:
     ("change", "error", "message"),
     [
         ({"image": "no tensor"}, TypeError, "image must be a tensor; got str"),
+        ({"eps": "a"}, TypeError, "eps must be a number; got 'a'"),
         (
             {"image": torch.ones(2, 3, 12, 20, dtype=torch.int32)},
             TypeError,

@@ -325,6 +325,7 @@ def test_more_than_int32_elements(target: Target) -> None:
         ({"delta": None}, ValueError, "gamma must be None where delta is None"),
         ({"delta": None, "gamma": None}, ValueError, "keep must be None where delta is None"),
         ({"weight": torch.ones(1, 20)}, ValueError, r"weight must have shape \(C\) = \(20,\); got \(1, 20\)"),
+        ({"eps": "a"}, TypeError, "eps must be a number; got 'a'"),
         ({"bias": torch.ones(20).int()}, TypeError, "bias must be float64"),
         ({"gamma": torch.ones(19)}, ValueError, r"gamma must have shape \(C\) = \(20,\); got \(19,\)"),
         ({"delta_bias": torch.ones(21)}, ValueError, r"delta_bias must have shape \(C\) = \(20,\); got \(21,\)"),

@@ -7,7 +7,15 @@ from functools import partial
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import check_device, check_float, check_indices, check_optional_float, check_shape
+from simmim_fast.ops._checks import (
+    check_device,
+    check_float,
+    check_indices,
+    check_int,
+    check_number,
+    check_optional_float,
+    check_shape,
+)
 from simmim_fast.ops.biased_attention.op import OP, size_refusal
 
 
@@ -42,7 +50,7 @@ def biased_attention(
         (B, N, C), or (B, K, C) with `queries`, contiguous, in qkv's dtype, under autocast as without.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype.
+        TypeError: A tensor is none, or of the wrong dtype; num_heads is no integer, or scale no number.
         ValueError: Shapes or devices disagree, a size is out of range, or the backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
 
@@ -51,6 +59,8 @@ def biased_attention(
         the bias adds up over the batch in a fixed order, so that it repeats bit for bit.
     """
     _check_attention(qkv, bias, num_heads)
+    if scale is not None:
+        check_number("scale", scale)
     if queries is not None:
         queries = check_indices("queries", queries, qkv.shape[0], qkv.shape[1], "N")
     check_device("qkv", qkv, bias=bias, queries=queries)
@@ -65,10 +75,11 @@ def biased_attention(
 def _check_attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> None:
     check_float(qkv=qkv)
     check_optional_float(bias=bias)
+    check_int("num_heads", num_heads, 1)
     if qkv.ndim != 3:
         raise ValueError(f"qkv must have 3 dimensions (B, N, 3C); got shape {tuple(qkv.shape)}")
     tokens, channels = qkv.shape[1:]
-    if num_heads < 1 or channels == 0 or channels % (3 * num_heads):
+    if channels == 0 or channels % (3 * num_heads):
         raise ValueError(f"qkv must have 3 x num_heads x head size channels; got {channels} for {num_heads} heads")
     if bias is not None:
         check_shape("bias", bias, (num_heads, tokens, tokens), "(heads, N, N)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from simmim_fast.ops._queries import query_rows
 
 
 def biased_attention(
@@ -28,6 +29,9 @@ def biased_attention(
 
     Returns:
         (B, N, C), or (B, K, C) with `queries`, in qkv's dtype.
+
+    Raises:
+        ValueError: On the CPU: a query is no token, or a token is named twice.
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, N, D) each
     logits = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
@@ -35,4 +39,4 @@ def biased_attention(
         logits = logits + bias
     weights = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype)
     out = (weights @ v).transpose(1, 2).flatten(2)
-    return out if queries is None else torch.take_along_dim(out, queries.long()[..., None], dim=1)
+    return out if queries is None else query_rows(out, queries)

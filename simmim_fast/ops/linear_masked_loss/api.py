@@ -63,7 +63,7 @@ def linear_masked_loss(
         Scalar: float32, or float64 for float64 features. 0 where nothing is masked.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype; float masks are refused.
+        TypeError: A tensor is none, or of the wrong dtype; float masks are refused; patch_size is no integer.
         ValueError: Shapes or devices disagree, wrong tokens on the CPU, the target, mean or std asks for a gradient, or
             the loss or backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.

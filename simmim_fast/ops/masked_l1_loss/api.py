@@ -41,7 +41,7 @@ def masked_l1_loss(
         Scalar: float32, or float64 for float64 predictions, under autocast as without. 0 where nothing is masked.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype; float masks are refused.
+        TypeError: A tensor is none, or of the wrong dtype; float masks are refused; patch_size is no integer.
         ValueError: Shapes or devices disagree, the target, mean or std asks for a gradient, or the backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
 

@@ -11,6 +11,7 @@ from simmim_fast.ops._checks import (
     check_device,
     check_float,
     check_indices,
+    check_number,
     check_optional_float,
     check_pixel_mask,
     check_pixels,
@@ -68,7 +69,7 @@ def masked_patch_embed(
         autocast dtype, but float32 after a norm on CUDA: as for conv2d, layer_norm and where one after the other.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype; float masks are refused.
+        TypeError: A tensor is none, or of the wrong dtype; float masks are refused; eps is no number.
         ValueError: Shapes or devices disagree, image, mean or std asks for a gradient, only one of the norm's
             parameters is given, `visible` misses a patch (on the CPU), or the backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
@@ -82,6 +83,7 @@ def masked_patch_embed(
     _check_image(image, mean, std, weight)
     check_pixel_mask(mask, "image", image, weight.shape[3])
     check_optional_float(pos_embed=pos_embed)
+    check_number("eps", eps)
     if pos_embed is not None:
         check_shape("pos_embed", pos_embed, (*mask.shape[1:], weight.shape[0]), "(H / p, W / p, C)")
     if visible is not None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import check_channels_last, check_device, check_float, check_optional_float, check_shape
+from simmim_fast.ops._checks import (
+    check_channels_last,
+    check_device,
+    check_float,
+    check_number,
+    check_optional_float,
+    check_shape,
+)
 from simmim_fast.ops.residual_layer_norm.op import OP, size_refusal
 from simmim_fast.ops.residual_layer_norm.reference import norm_dtype, stream_dtype
 
@@ -56,7 +63,7 @@ def residual_layer_norm(
         under autocast: then the autocast dtype, in which the next product takes it.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype.
+        TypeError: A tensor is none, or of the wrong dtype; eps is no number.
         ValueError: Shapes or devices disagree, keep asks for a gradient, a tensor is given where it has no meaning or
             missing where it has, or norm or backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
@@ -68,6 +75,7 @@ def residual_layer_norm(
     parameters = {"weight": weight, "bias": bias, "gamma": gamma, "delta_bias": delta_bias}
     _check_tensors(x, delta, keep, parameters)
     _check_form(delta, gamma, keep, delta_bias, norm)
+    check_number("eps", eps)
     check_device("x", x, delta=delta, keep=keep, **parameters)
     refusal = partial(size_refusal, channels=x.shape[-1])
     backend = choose(OP, backend, x.device, stream_dtype(x, delta), refusal)

@@ -7,7 +7,15 @@ from functools import partial
 from torch import Tensor
 
 from simmim_fast._backends import choose
-from simmim_fast.ops._checks import check_device, check_float, check_indices, check_optional_float, check_shape
+from simmim_fast.ops._checks import (
+    check_device,
+    check_float,
+    check_indices,
+    check_int,
+    check_number,
+    check_optional_float,
+    check_shape,
+)
 from simmim_fast.ops.shifted_window_attention.op import OP, size_refusal
 
 
@@ -54,7 +62,7 @@ def shifted_window_attention(
         (B, H, W, C), or (B, K, C) with `queries`, contiguous, in qkv's dtype, under autocast as without.
 
     Raises:
-        TypeError: A tensor is none, or of the wrong dtype.
+        TypeError: A tensor is none, or of the wrong dtype; a size is no integer, or scale no number.
         ValueError: Shapes or devices disagree, a size is out of range, or the backend is unknown.
         RuntimeError: The named backend cannot run; the message says why.
 
@@ -66,6 +74,9 @@ def shifted_window_attention(
     check_optional_float(logit_scale=logit_scale, pad_value=pad_value)
     window_h, window_w = window = _pair("window_size", window_size, 1)
     shift_h, shift_w = shift = _pair("shift", shift, 0)
+    check_int("num_heads", num_heads, 1)
+    if scale is not None:
+        check_number("scale", scale)
     _check_sizes(qkv, window, shift, num_heads)
     offsets = (2 * window_h - 1) * (2 * window_w - 1)
     check_shape("bias_table", bias_table, (offsets, num_heads), "((2wh-1)(2ww-1), heads)")
@@ -87,16 +98,18 @@ def shifted_window_attention(
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(size, int) and size >= least for size in pair):
-        raise ValueError(f"{name} must be an integer or a pair of them, {least} or more; got {value!r}")
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an integer or a pair of them; got {value!r}")
+    for size in pair:
+        check_int(name, size, least)
     return pair
 
 
 def _check_sizes(qkv: Tensor, window: tuple[int, int], shift: tuple[int, int], num_heads: int) -> None:
     if qkv.ndim != 4:
         raise ValueError(f"qkv must have 4 dimensions (B, H, W, 3C); got shape {tuple(qkv.shape)}")
-    if num_heads < 1 or qkv.shape[3] == 0 or qkv.shape[3] % (3 * num_heads):
+    if qkv.shape[3] == 0 or qkv.shape[3] % (3 * num_heads):
         raise ValueError(f"qkv must have 3 x num_heads x head size channels; got {qkv.shape[3]} for {num_heads} heads")
     if any(by >= size for by, size in zip(shift, window, strict=True)):
         raise ValueError(f"shift must be below window_size = {window}; got {shift}")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmim_fast.ops._queries import query_rows
+
 MAX_LOGIT_SCALE = math.log(100.0)
 MIN_NORM = 1e-12
 BETWEEN_REGIONS = -100.0
@@ -52,6 +54,9 @@ def shifted_window_attention(
 
     Returns:
         (B, H, W, C), or (B, K, C) with `queries`, in qkv's dtype.
+
+    Raises:
+        ValueError: On the CPU: a query is no token, or a token is named twice.
     """
     height, width = qkv.shape[1:3]
     qkv = pad_to_windows(qkv, window_size, pad_value)
@@ -62,7 +67,7 @@ def shifted_window_attention(
         return weights.to(v.dtype) @ v
 
     out = in_windows(attend, qkv, window_size, shift, num_heads)[:, :height, :width]
-    return out if queries is None else _listed(out.flatten(1, 2), queries)
+    return out if queries is None else query_rows(out.flatten(1, 2), queries)
 
 
 def bias_and_mask(
@@ -104,11 +109,6 @@ def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         logits = (logits.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
     return logits.softmax(dim=-1)
-
-
-def _listed(out: Tensor, queries: Tensor) -> Tensor:
-    """The rows (B, K, C) of out (B, H W, C)."""
-    return out.gather(1, queries.long()[..., None].expand(-1, -1, out.shape[-1]))
 
 
 def _similarity(q: Tensor, k: Tensor, scale: float | None, logit_scale: Tensor | None) -> Tensor:
