@@ -12,8 +12,13 @@ WITHOUT_GPU = 90  # what is counted and interpreted on a CPU is cut as on an H10
 
 
 def capability_of(device: torch.device, known: Collection[int]) -> int:
-    """The nearest compute capability (90 is 9.0) at or below the device's among those that are known."""
+    """The nearest compute capability (90 is 9.0) at or below the device's among those that are known.
+
+    12.0, of Blackwell without tensor memory, has the products and the shared memory of 8.9, and so its tiles.
+    """
     if device.type != "cuda":
         return WITHOUT_GPU
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:
+        major, minor = 8, 9
     return max(capability for capability in known if capability <= 10 * major + minor)

@@ -48,7 +48,7 @@ def row_tile(weight: Tensor, dtype: torch.dtype, norm: bool, live: int) -> Tile:
     channels = channels if norm else min(channels, 128)
     rows = min(64, max(16, (8192 if live == 1 else 4096) // channels))
     half, numbers = dtype.itemsize == 2, weight[0].numel()
-    num_warps = min(16, max(4 if half else 8, live * rows * channels // 4096))
+    num_warps = min(16, max(4 if half and norm else 8, live * rows * channels // 4096))
     return Tile(rows, channels, 32 if half and numbers % 32 == 0 else 16, num_warps)
 
 
