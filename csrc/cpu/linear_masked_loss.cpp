@@ -13,6 +13,9 @@ Loss loss_of(int64_t number) {
   return static_cast<Loss>(number);
 }
 
+// Of the slopes that the forward keeps, for features of `dtype`.
+ScalarType slope_dtype(Loss loss, ScalarType dtype) { return loss == Loss::kL1 ? ScalarType::Char : dtype; }
+
 // Rows of the gradient of tokens that were not computed: 0.
 template <typename F>
 void clear_rows(const std::vector<Row>& rows, int64_t tokens, int64_t depth, F* grad_features) {
@@ -41,9 +44,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& features, const Ten
   const auto [rows, masked] = find_rows(sizes, hidden_data, tokens ? listed.const_data_ptr<int32_t>() : nullptr);
   const Tensor loss = torch::stable::new_empty(features, {}, compute), scale = torch::stable::new_empty(loss, {});
   const Loss kind = loss_of(loss_kind);
-  const ScalarType slope_dtype = kind == Loss::kL1 ? ScalarType::Char : dtype;
-  Tensor slope = keep_slope ? torch::stable::new_empty(features, {sizes.batch, sizes.slots, sizes.outputs}, slope_dtype)
-                            : torch::stable::new_empty(features, {0}, slope_dtype);
+  const ScalarType slopes = slope_dtype(kind, dtype);
+  Tensor slope = keep_slope ? torch::stable::new_empty(features, {sizes.batch, sizes.slots, sizes.outputs}, slopes)
+                            : torch::stable::new_empty(features, {0}, slopes);
   if (int64_t(rows.size()) < sizes.batch * sizes.slots) torch::stable::zero_(slope);
   dispatch_floating(dtype, [&](auto type) {
     using F = typename decltype(type)::type;
@@ -76,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_loss, const T
                                                 bool needs_weight, bool needs_bias) {
   const Sizes sizes = check_sizes(features, weight, mask, tokens, channels, patch_size);
   check_shape(slope, "slope", {sizes.batch, sizes.slots, sizes.outputs});
+  check_dtype(slope, "slope", slope_dtype(loss_of(loss_kind), features.scalar_type()));
   check_shape(grad_loss, "grad_loss", {});
   const ScalarType dtype = features.scalar_type();
   const Tensor from = dense(features), matrix = dense(weight), slopes = dense(slope), hidden = dense(mask);

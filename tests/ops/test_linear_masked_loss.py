@@ -251,6 +251,17 @@ def test_native_operator_refuses_wrong_tokens(target: Target) -> None:
         operators(target)[0](*operator_arguments(inputs))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("target", OPERATORS[:1], indirect=True)
+def test_native_operator_refuses_slopes_of_another_dtype(target: Target, loss: str) -> None:
+    inputs = make_inputs(SMALL, 2, loss=loss)
+    forward, backward = operators(target)
+    value, slope, scale = forward(*operator_arguments(inputs))
+    wrong = slope.to(FP32 if loss == "l1" else torch.int8)
+    with pytest.raises(RuntimeError, match="slope: expected dtype"):
+        backward(*backward_arguments(inputs, value, wrong, scale), True, True, True)
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64], ids=str)
 def test_takes_any_integer_tokens(target: Target, dtype: torch.dtype) -> None:

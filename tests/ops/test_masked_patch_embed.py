@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,6 +308,19 @@ def test_more_than_int32_elements(target: Target) -> None:
     for image in (0, -1):
         assert_equal(results["out"][image], expected["out"][0], "out")
     torch.testing.assert_close(results["grad_weight"] / images, expected["grad_weight"])
+
+
+@pytest.mark.interpreted
+def test_more_than_int32_elements_in_an_image() -> None:
+    """Two thousand million bytes, of which only those of one patch are ever touched."""
+    from tests.ops.load_patches_kernel import load_patch_kernel
+
+    image = torch.from_numpy(np.zeros((1, 33, 64, 2**20), np.uint8))
+    image[0, -1, 0, -16:] = torch.arange(16)
+    assert image.numel() > 2**31
+    out = torch.empty(16, dtype=torch.uint8)
+    load_patch_kernel[(1,)](image, out, 2**14 - 1, 32 * 64**2 + 48, 33 * 64**2, 64, 2**20, PATCH_SIZE=64, NUMBERS=16)
+    assert out.tolist() == list(range(16))
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,20 @@ def test_divides_short_vectors_by_the_least_norm(target: Target) -> None:
     assert_matches(on(target), reference, inputs)
 
 
+@pytest.mark.parametrize(
+    "target", [one for one in TARGETS if one.id in ("reference", "triton-interpreted")], indirect=True
+)
+def test_passes_the_gradient_of_the_least_norm(target: Target) -> None:
+    """Only shorter vectors have none; 1 / |x| is 1e12 here, too."""
+    inputs = make_inputs((1, 2, 2, 1, 4), (2, 2), dtype=FP64, cosine=True, device=target.device)
+    inputs["qkv"][0, 0, 0, :8] = 0
+    inputs["qkv"][0, 0, 0, [0, 4]] = 1e-12
+    results, expected = forward_and_backward(target, inputs), run(reference, inputs, random_gradient(reference, inputs))
+    across = [1, 2, 3, 5, 6, 7]  # along the vector it has a kink
+    assert bool((expected["grad_qkv"][0, 0, 0, across] != 0).all())
+    torch.testing.assert_close(results["grad_qkv"][0, 0, 0, across], expected["grad_qkv"][0, 0, 0, across])
+
+
 @on_every_backend
 def test_clamps_the_logit_scale(target: Target) -> None:
     inputs = make_inputs((1, 2, 4, 3, 4), (2, 2), cosine=True, device=target.device)

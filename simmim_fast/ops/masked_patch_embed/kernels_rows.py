@@ -48,7 +48,7 @@ def load_patches(
 ):
     """The given numbers of patches, (rows, numbers), 0 where not valid. RUN numbers in a row lie side by side."""
     channels = numbers // (PATCH_SIZE * PATCH_SIZE)
-    in_patch = (channels * height + numbers // PATCH_SIZE % PATCH_SIZE) * width + numbers % PATCH_SIZE
+    in_patch = (channels.to(tl.int64) * height + numbers // PATCH_SIZE % PATCH_SIZE) * width + numbers % PATCH_SIZE
     patches_per_line = width // PATCH_SIZE
     lines = images * (num_numbers // (PATCH_SIZE * PATCH_SIZE)) * height + patches // patches_per_line * PATCH_SIZE
     corners = lines * width + patches % patches_per_line * PATCH_SIZE

@@ -164,13 +164,15 @@ def logit_factor(logit_scale_ptr, head, SCALE: tl.constexpr, COMPUTE: tl.constex
 
 @triton.jit
 def compared(x, COSINE: tl.constexpr, COMPUTE: tl.constexpr, OPERAND: tl.constexpr):
-    """The vectors that the logits compare, x or with the cosine x / max(|x|, 1e-12), and 1 / max(|x|, 1e-12)."""
+    """The vectors that the logits compare, x or with the cosine x / max(|x|, 1e-12), and 1 / |x|, 0 below 1e-12."""
     inverse = tl.full((x.shape[0],), 1.0, COMPUTE)
     if COSINE:
         wide = x.to(COMPUTE)
         norm = tl.sqrt(tl.sum(wide * wide, axis=1))
-        inverse = 1.0 / tl.maximum(norm, tl.full((), MIN_NORM, COMPUTE))
+        least = tl.full((), MIN_NORM, COMPUTE)
+        inverse = 1.0 / tl.maximum(norm, least)
         x = as_operand(wide * inverse[:, None], OPERAND)
+        inverse = tl.where(norm < least, 0.0, inverse)
     return x, inverse
 
 
@@ -195,5 +197,5 @@ def through_norm(grad, compared, inverse, COSINE: tl.constexpr, COMPUTE: tl.cons
     along = tl.sum(grad * compared, axis=1)
     if COSINE:
         grad = (grad - compared * along[:, None]) * inverse[:, None]
-        grad = tl.where((inverse < 1.0 / MIN_NORM)[:, None], grad, 0.0)
+        grad = tl.where((inverse > 0)[:, None], grad, 0.0)
     return grad, along
