@@ -103,9 +103,10 @@ def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch
         assert read >= call.given + call.scratch, f"{call.operator} reads less than its inputs and workspaces"
 
 
-# Every kernel and every path through it: windows of three and four warps, and of several tiles; lists; bytes.
+# Every kernel and every path through it: windows of two, three and four warps, and of several tiles; lists; bytes.
 SANITIZED: dict[str, Case] = {
     **{op: small(op) for op in OPS},
+    "window of 32": windows((5, 9), (4, 8), (2, 4)),
     "window of 36, cosine, padded": windows((13, 11), (6, 6), (3, 3), cosine=True),
     "window of 49, padded": windows((13, 11), (7, 7), (3, 3)),
     "window of 144, cosine, padded": windows((20, 23), (12, 12), (6, 6), cosine=True),
@@ -118,7 +119,7 @@ SANITIZED: dict[str, Case] = {
 
 @pytest.mark.sanitize
 @on_gpu
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SANITIZED)
 def test_small_case(target: Target, case: str, dtype: torch.dtype) -> None:
     """For compute-sanitizer, `make sanitize`: memory is neither poisoned nor guarded, which would initialise it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from simmim_fast.testing import (
     run,
 )
 from simmim_fast.testing import masked_l1_loss_inputs as make_inputs
+from tests.ops.library_kernels import library_kernels, on_architectures
 from tests.ops.targets import GPU_OPERATORS, OPERATORS, TARGETS, Target, fuzzed
 
 BF16, FP16, FP32, FP64, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8
@@ -319,3 +321,15 @@ def test_triton_kernels_compile(dtypes: tuple, capability: int, tmp_path: Path) 
     elements = launches[2].arguments["PIXELS"] / launches[2].threads
     assert compiled[2].wide_bytes("LDG") >= elements  # int8 signs
     assert compiled[2].wide_bytes("STG") >= elements * itemsize
+
+
+@on_architectures
+def test_native_kernels_move_16_bytes_at_a_time(architecture: str) -> None:
+    """Those for rows of whole vectors, V pixels each; their twins for V = 1 take the others."""
+    kernels = library_kernels("masked_l1_loss_(fwd|bwd)_kernel", architecture)
+    wide = {name: body for name, body in kernels.items() if "Li1E" not in name}
+    assert len(wide) == 4 + 4 * 2 + 2, "a backward for each dtype, a forward for each beside itself, float32 and uint8"
+    for name, body in wide.items():
+        assert len(re.findall(r"LDG\.E\S*\.128", body)) > 0, name
+        assert "_fwd_" in name or len(re.findall(r"STG\.E\S*\.(128|256)", body)) > 0, name
+        assert len(re.findall(r"\b(LDL|STL)\b", body)) == 0, name

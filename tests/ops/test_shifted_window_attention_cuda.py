@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simmim_fast import _native
 from simmim_fast.ops.shifted_window_attention import shifted_window_attention
 from simmim_fast.ops.shifted_window_attention.op import size_refusal
 from simmim_fast.testing import (
@@ -22,13 +19,13 @@ from simmim_fast.testing import (
     assert_equal,
     assert_matches,
     assert_repeats,
-    offline,
     permuted,
     random_gradient,
     run,
 )
 from simmim_fast.testing import shifted_window_attention_inputs as make_inputs
 from tests.ops import targets
+from tests.ops.library_kernels import library_kernels, on_architectures
 from tests.ops.shifted_window_operators import operator_arguments, operators
 from tests.ops.targets import Target, fuzzed
 
@@ -275,22 +272,10 @@ def test_auto_passes_over_what_the_kernels_do_not_take() -> None:
 ACCESSES = {"fwd": (3, 1), "bwd": (4, 3)}  # matrices of rows that come in and go out, by direction
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow)],
-)
+@on_architectures
 def test_rows_move_16_bytes_at_a_time(architecture: str) -> None:
     """And halves are multiplied by tensor cores, float32 by none."""
-    if (reason := _native.build_info()["cuda_reason"]) != "":
-        pytest.skip(f"not run: the CUDA kernels are not compiled: {reason}")
-    library = Path(_native.__file__).with_name("lib") / "ops_cuda.so"
-    command = [offline.TOOLS / "cuobjdump", "-sass", "-arch", architecture, library]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = {
-        match[0]: body
-        for body in sass.split("Function : ")
-        if (match := re.match(r"\S*shifted_window_attention_(fwd|bwd)_kernel\S*", body))
-    }
+    kernels = library_kernels("shifted_window_attention_(fwd|bwd)_kernel", architecture)
     assert len(kernels) == 2 * 3 * 4, "two directions, three dtypes, one to four warps"
     for name, body in kernels.items():
         incoming, outgoing = ACCESSES["fwd" if "_fwd_" in name else "bwd"]
