@@ -11,8 +11,10 @@ variable, runs or raises; it never falls back.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,9 +28,19 @@ ENVIRONMENT_VARIABLE = "SIMMIM_FAST_BACKEND"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 TRITON_CAPABILITY = (8, 0)
+TRITON_VERSION = (3, 6)  # the oldest that the kernels were run with; newer ones are tried
 NO_CUDA_DEVICE = "PyTorch sees no CUDA device"
 
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_VERSION = _installed_version("triton")  # None where it comes under another name, and is tried
 _AUTO_ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 
 
@@ -76,6 +88,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _triton_refusal(op: Op, device: torch.device, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
+    if (reason := _triton_version_refusal()) is not None:
+        return reason
     if TRITON_INTERPRETED and device.type in ("cpu", "cuda"):
         return None
     if device.type == "cpu":
@@ -85,6 +99,13 @@ def _triton_refusal(op: Op, device: torch.device, dtype: torch.dtype) -> str | N
     if dtype == torch.float64:
         return "it takes no float64 on a GPU, where Triton does not compile products of it"
     return _capability_refusal(device)
+
+
+def _triton_version_refusal() -> str | None:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", _TRITON_VERSION or "")[:2])
+    if not numbers or numbers >= TRITON_VERSION:
+        return None
+    return f"it needs triton {'.'.join(map(str, TRITON_VERSION))} or newer; got {_TRITON_VERSION}"
 
 
 def _capability_refusal(device: torch.device) -> str | None:

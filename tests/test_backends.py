@@ -157,6 +157,23 @@ def test_reason_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(EVERYWHERE, "triton", CUDA, FP32) == "the package triton is not installed"
 
 
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.5.1", "it needs triton 3.6 or newer; got 3.5.1"),
+        ("2.10.0", "it needs triton 3.6 or newer; got 2.10.0"),
+        ("3.6.0+git1234", None),
+        ("3.10.0", None),
+        ("4.0.0", None),
+        (None, None),
+    ],
+)
+def test_reason_of_an_old_triton(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_TRITON_VERSION", version)
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", True)
+    assert refusal(EVERYWHERE, "triton", CPU, FP32) == reason
+
+
 def test_reasons_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refusal(EVERYWHERE, "triton", CUDA, FP32) == "PyTorch sees no CUDA device"
