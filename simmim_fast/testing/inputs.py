@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,30 +224,35 @@ def masked_patch_embed_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     images, height, width, planes, patch, channels = shape
-    parameter_dtype, image_dtype = parameter_dtype or dtype, image_dtype or dtype
-
-    def parameter(*size: int) -> Tensor:
-        return random_tensor(size, parameter_dtype, generator).to(device)
-
-    is_bytes = image_dtype == torch.uint8
+    image_dtype = image_dtype or dtype
+    parameter = partial(random_tensor, dtype=parameter_dtype or dtype, generator=generator)
     image = random_pixels((images, planes, height * patch, width * patch), image_dtype, generator)
+    shown, mask = _shown_and_mask(images, height, width, hidden, generator)
+    weight = random_tensor((channels, planes, patch, patch), torch.float32, generator) / (planes**0.5 * patch)
+    arguments = {
+        "image": image,
+        "mask": mask,
+        "weight": weight.to(dtype),
+        "bias": parameter((channels,)),
+        "norm_weight": parameter((channels,)) if norm else None,
+        "norm_bias": parameter((channels,)) if norm else None,
+        "mask_token": parameter((channels,)),
+        "pos_embed": parameter((height, width, channels)) if pos_embed else None,
+        "mean": torch.rand(planes, generator=generator) if image_dtype == torch.uint8 else None,
+        "std": torch.rand(planes, generator=generator) + 0.5 if image_dtype == torch.uint8 else None,
+        "visible": shown.int() if visible else None,
+    }
+    return {name: None if value is None else value.to(device) for name, value in arguments.items()}
+
+
+def _shown_and_mask(
+    images: int, height: int, width: int, hidden: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The patches of each image that are shown, in random order, and a mask (B, height, width) of the others."""
     order = torch.rand((images, height * width), generator=generator).argsort(dim=1)
     shown = order[:, round(hidden * height * width) :]
     mask = torch.ones((images, height * width), dtype=torch.bool).scatter_(1, shown, False)
-    weight = random_tensor((channels, planes, patch, patch), torch.float32, generator) / (planes**0.5 * patch)
-    return {
-        "image": image.to(device),
-        "mask": mask.view(images, height, width).to(device),
-        "weight": weight.to(device, dtype),
-        "bias": parameter(channels),
-        "norm_weight": parameter(channels) if norm else None,
-        "norm_bias": parameter(channels) if norm else None,
-        "mask_token": parameter(channels),
-        "pos_embed": parameter(height, width, channels) if pos_embed else None,
-        "mean": torch.rand(planes, generator=generator).to(device) if is_bytes else None,
-        "std": (torch.rand(planes, generator=generator) + 0.5).to(device) if is_bytes else None,
-        "visible": shown.int().to(device) if visible else None,
-    }
+    return shown, mask.view(images, height, width)
 
 
 def masked_l1_loss_inputs(

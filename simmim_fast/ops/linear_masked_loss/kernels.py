@@ -7,7 +7,6 @@ Offsets are int64: a tensor may have more than 2^31 elements.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import triton
@@ -309,13 +308,8 @@ def forward(
                 **_shared_options(features),
             )
         _linear_masked_loss_sum_kernel[(1,)](
-            sums,
-            counts,
-            mask.sum(),
-            value,
-            scale,
-            chunks,
-            channels,
+            *(sums, counts, mask.sum(), value, scale),
+            *(chunks, channels),
             PATCH=patch_size,
             COMPUTE=compute_type(features.dtype),
             CHUNKS=TILE_CHUNKS,
@@ -340,32 +334,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's backward: grad_features (B, h, w, D), grad_weight (outputs, D), grad_bias (outputs); or empty."""
     rows, grid = row_count(features, tokens), features.shape[1] * features.shape[2]
-    outputs, depth = weight.shape
-    options = _shared_options(features) | BACKWARD_PIPELINE[features.itemsize]
+    (outputs, depth), options = weight.shape, _shared_options(features) | BACKWARD_PIPELINE[features.itemsize]
     slope, tokens = slope.contiguous(), contiguous(tokens)
     sizes = (rows, grid if tokens is None else tokens.shape[1], grid, outputs, depth)
     allocate = features.new_empty if tokens is None else features.new_zeros
     grad_features = allocate(features.shape if needs_features else (0,))
     chunks, chunk_rows = row_chunks(rows, weight)
-    allocate_sums = partial(features.new_empty, dtype=features.dtype if chunks == 1 else loss_dtype(features.dtype))
-    grad_weight = allocate_sums((chunks, *weight.shape) if needs_weight else (1, 0))
-    grad_bias = allocate_sums((chunks, outputs) if needs_bias else (1, 0))
-    channel_tiles = triton.cdiv(depth, TILE_CHANNELS)
+    shapes = ((chunks, outputs, depth) if needs_weight else (1, 0), (chunks, outputs) if needs_bias else (1, 0))
+    dtype = features.dtype if chunks == 1 else loss_dtype(features.dtype)
+    grad_weight, grad_bias = (features.new_empty(shape, dtype=dtype) for shape in shapes)
+    tiles = triton.cdiv(depth, TILE_CHANNELS)
     with on_device_of(features):
         if needs_features and rows > 0:
-            _linear_masked_loss_bwd_features_kernel[(triton.cdiv(rows, TILE_ROWS), channel_tiles)](
-                grad_loss,
-                scale,
-                weight.contiguous(),
-                *(slope, tokens, grad_features),
+            _linear_masked_loss_bwd_features_kernel[(triton.cdiv(rows, TILE_ROWS), tiles)](
+                *(grad_loss, scale, weight.contiguous(), slope, tokens, grad_features),
                 *sizes,
                 ROWS=TILE_ROWS,
                 CHANNELS=TILE_CHANNELS,
                 **options,
             )
         if needs_weight or needs_bias:
-            tiles = channel_tiles if needs_weight else 1
-            _linear_masked_loss_bwd_weight_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), tiles, chunks)](
+            programs = (triton.cdiv(outputs, TILE_OUTPUTS), tiles if needs_weight else 1, chunks)
+            _linear_masked_loss_bwd_weight_kernel[programs](
                 *(grad_loss, scale, features.contiguous(), slope, tokens),
                 grad_weight if needs_weight else None,
                 grad_bias if needs_bias else None,
