@@ -206,8 +206,7 @@ class Backward {
   void project(int64_t index, int64_t slot, Part part, Sum inverse_norm) {
     const T* x = tile_.row(slot, part);
     Sum* u = tile_.result + index * tile_.sizes.head_stride();
-    Sum along = 0;
-    for (int64_t d = 0; d < tile_.sizes.head_size(); ++d) along += u[d] * (Sum(x[d]) * inverse_norm);
+    const Sum along = tile_.template sum_over_head<Sum>([&](int64_t d) { return u[d] * (Sum(x[d]) * inverse_norm); });
     const bool vanishes = inverse_norm >= 1 / Sum(kSmallestNorm);
     for (int64_t d = 0; d < tile_.sizes.head_size(); ++d)
       u[d] = vanishes ? 0 : inverse_norm * (u[d] - Sum(x[d]) * inverse_norm * along);

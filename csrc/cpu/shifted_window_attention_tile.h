@@ -206,6 +206,20 @@ class Tile {
     for (int64_t d = 0; d < sizes.head_size() % kVector; ++d) to[whole + d] = T(from[whole + d] * factor);
   }
 
+  // The sum of term(d) over the head's channels, in vectors.
+  template <typename Total, typename Term>
+  Total sum_over_head(Term&& term) const {
+    constexpr int64_t kSums = 16;
+    Total sums[kSums] = {};
+    const int64_t whole = sizes.head_size() / kSums * kSums;
+    for (int64_t d = 0; d < whole; d += kSums)
+      for (int64_t i = 0; i < kSums; ++i) sums[i] += term(d + i);
+    for (int64_t d = whole; d < sizes.head_size(); ++d) sums[d - whole] += term(d);
+    for (int64_t half = kSums / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
+
   const Args<T>& args;
   const TileSizes sizes;
   const int64_t channels;
@@ -233,8 +247,7 @@ class Tile {
   }
 
   Sum inverse_norm(const T* from) const {
-    double sum = 0;
-    for (int64_t d = 0; d < sizes.head_size(); ++d) sum += double(Sum(from[d])) * Sum(from[d]);
+    const double sum = sum_over_head<double>([&](int64_t d) { return double(Sum(from[d])) * Sum(from[d]); });
     const double norm = __builtin_sqrt(sum);
     return Sum(1 / (norm < kSmallestNorm ? kSmallestNorm : norm));
   }
