@@ -13,7 +13,7 @@ from simmim_fast.testing import (
     masked_patch_embed_inputs,
     offline,
 )
-from tests.ops import masked_patch_embed_operators, shifted_window_operators
+from tests.ops import biased_attention_operators, masked_patch_embed_operators, shifted_window_operators
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -22,6 +22,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_takes_the_tiles_of_a_family(device: tuple, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: device)
     assert _devices.capability_of(torch.device("cuda"), (80, 90, 100)) == tiles
+    assert _devices.capability_of(torch.device("cuda"), (80, 86, 90, 100)) == (86 if tiles == 80 else tiles)
 
 
 @pytest.mark.slow
@@ -37,6 +38,19 @@ def test_windows_of_swin_b_fit(capability: int, tmp_path: Path, monkeypatch: pyt
     for launch in launches:
         if "qkv_ptr" in launch.arguments:
             offline.assert_frugal(offline.compile_launch(launch, capability, tmp_path), capability)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles(2)
+@pytest.mark.parametrize("capability", [86, 120])
+def test_attention_of_vit_b_fits(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simmim_fast.ops.biased_attention import kernels
+
+    monkeypatch.setattr(kernels, "capability_of", lambda device, known: 86)
+    calls = biased_attention_operators.operator_arguments((64, 197, 12, 64), BF16, FP32, "meta", queries=None)
+    launches = offline.launches(kernels.forward, *calls[0]) + offline.launches(kernels.backward, *calls[1])
+    for launch in launches:
+        offline.assert_frugal(offline.compile_launch(launch, capability, tmp_path), capability)
 
 
 @pytest.mark.slow

@@ -331,7 +331,7 @@ def forward(
     lse = qkv.new_empty((images, num_heads, rows), dtype=compute_dtype(qkv.dtype))
     if out.numel() == 0:
         return out, lse
-    tile = forward_tile(qkv, num_heads)
+    tile = forward_tile(qkv, num_heads, capability_of(qkv.device, CAPABILITIES))
     of_a_program = program_rows(tile, images * num_heads, rows, tokens)
     with on_device_of(qkv):
         _biased_attention_fwd_kernel[(images * num_heads, triton.cdiv(rows, of_a_program))](

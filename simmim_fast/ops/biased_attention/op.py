@@ -20,7 +20,7 @@ from simmim_fast.ops.biased_attention import reference
 
 MAX_HEAD_SIZE = 128
 MAX_IMAGE_ELEMENTS = 2**31  # of qkv, and of a head's bias: the Triton kernels' offsets inside an image are int32
-CAPABILITIES = (80, 90, 100)  # that have tiles of their own
+CAPABILITIES = (80, 86, 90, 100)  # that have tiles of their own; the blocks of 8.6 and 8.9 have 99 KiB
 
 
 class Tile(NamedTuple):
@@ -32,20 +32,21 @@ class Tile(NamedTuple):
     images: int = 1
 
 
-def forward_tile(qkv: Tensor, num_heads: int) -> Tile:
-    """The largest tile found that spills no register; below that, no more keys than there are."""
+def forward_tile(qkv: Tensor, num_heads: int, capability: int) -> Tile:
+    """The largest tile found that fits and spills no register; below that, no more keys than there are."""
     tokens, head_size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if qkv.itemsize > 2:
         tile = Tile(16, 32, warps=4) if head_size <= 32 else Tile(32, 32) if head_size <= 64 else Tile(16, 32)
     elif head_size > 64:
         tile = Tile(64, 128)
     else:
-        tile = Tile(32, 256) if tokens <= 256 and head_size > 32 else Tile(64, 64)
+        one_tile = tokens <= 256 and head_size > 32 and capability != 86
+        tile = Tile(32, 256) if one_tile else Tile(64, 64)
     return tile._replace(keys=min(tile.keys, _covering(tokens)))
 
 
 def backward_tile(qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, capability: int) -> Tile:
-    """The largest tile found that spills no register; below that, no more rows than there are.
+    """The largest tile found that fits and spills no register; below that, no more rows than there are.
 
     Two images at a time where that spares reading a bias twice, and where they have the same rows.
     """
@@ -56,7 +57,7 @@ def backward_tile(qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_
         tile = Tile(16, 16) if head_size > 64 else Tile(32 if capability >= 100 else 64, 16)
     elif head_size > 64:
         tile = Tile(256 if hopper else 64, 16)
-    elif head_size <= 32 or (tokens > 256 and not hopper):
+    elif head_size <= 32 or (tokens > 256 and not hopper) or capability == 86:
         tile = Tile(128, 16)
     else:
         tile = Tile(256, 16, images=2 if hopper and tokens <= 256 else 1)
@@ -204,7 +205,7 @@ def _bytes_moved(
     images, rows = out.shape[:2]
     if out.numel() == 0:
         return 0, 0
-    tile = forward_tile(qkv, num_heads)
+    tile = forward_tile(qkv, num_heads, capability_of(qkv.device, CAPABILITIES))
     programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
     read = out.nbytes + programs * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows)
     return read + num_heads * _nbytes(queries), out.nbytes + lse.nbytes
