@@ -137,7 +137,6 @@ Case = tuple[int, int, torch.dtype, str, int]  # side of the window, channels of
 SPILLS = {
     (6, 32, FP32, GENERAL, 80): {"bwd": (9, 16)},
     (7, 8, FP32, PADDED, 80): {"bwd": (6, 8)},
-    (12, 128, FP32, GENERAL, 100): {"blocked_bwd_keys": (2, 8)},
     (12, 96, BF16, GENERAL, 100): {"blocked_bwd_keys": (0, 8)},
 }
 # Whose threads have fewer than four values to store: 512 of 64 x 8 gradients, 256 of 16 x 16 sums.
