@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Accesses:
 
         self.stored = 0
         self._loads: list[tuple[int, np.ndarray, int]] = []  # kernel, addresses, bytes of each
+        self._stores: list[tuple[int, np.ndarray, int]] = []
         self._kernel = 0
         call = GridExecutor.__call__
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -36,6 +37,7 @@ class Accesses:
 
         def counted_store(builder: InterpreterBuilder, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
             self.stored += int(mask.data.sum()) * itemsize(pointers)
+            self._stores.append((self._kernel, pointers.data[mask.data.astype(bool)], itemsize(pointers)))
             return store(builder, pointers, value, mask, *args)
 
         monkeypatch.setattr(GridExecutor, "__call__", counted_call)
@@ -53,22 +55,28 @@ class Accesses:
             return inside
 
         repeated = sum(size * int((~of_once(addresses)).sum()) for _, addresses, size in self._loads)
-        return repeated + self._distinct(of_once)
+        return repeated + _distinct((kernel, found[of_once(found)], size) for kernel, found, size in self._loads)
 
     def moved(self) -> int:
         """Bytes loaded so far, of each element once for every kernel that loads it."""
-        return self._distinct(lambda addresses: np.ones(addresses.shape, bool))
+        return _distinct(self._loads)
 
-    def _distinct(self, wanted: Callable[[np.ndarray], np.ndarray]) -> int:
-        seen: dict[tuple[int, int], set[int]] = {}
-        for kernel, addresses, size in self._loads:
-            seen.setdefault((kernel, size), set()).update(addresses[wanted(addresses)].tolist())
-        return sum(size * len(addresses) for (_, size), addresses in seen.items())
+    def written(self) -> int:
+        """Bytes stored so far, of each element once for every kernel that stores it."""
+        return _distinct(self._stores)
 
     def clear(self) -> None:
         """Forget all of them."""
         self.stored = 0
         self._loads.clear()
+        self._stores.clear()
+
+
+def _distinct(accesses: Iterable[tuple[int, np.ndarray, int]]) -> int:
+    seen: dict[tuple[int, int], set[int]] = {}
+    for kernel, addresses, size in accesses:
+        seen.setdefault((kernel, size), set()).update(addresses.tolist())
+    return sum(size * len(addresses) for (_, size), addresses in seen.items())
 
 
 def itemsize(pointers: Any) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simmim_fast._backends import FLOAT_DTYPES
-from simmim_fast.ops import bytes_moved
+from simmim_fast.ops import bytes_loaded, bytes_moved
 from simmim_fast.ops.biased_attention import biased_attention
 from simmim_fast.ops.biased_attention.reference import biased_attention as reference
 from simmim_fast.testing import (
@@ -299,18 +299,23 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
 def test_registers_every_load_and_store(
     target: Target, dtype: torch.dtype, variant: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    variant = variant | {"queries": 40} if "queries" in variant else variant
     arguments, backward_arguments = operator_arguments((5, 70, 2, 8), dtype, FP32, "cpu", **variant)
     forward, backward = operators(target)
     qkv, bias, queries = arguments[:3]
+    if queries is not None:  # images 0, 3 and 1, 4 are chunks, which name every token between them
+        queries.copy_((torch.arange(40) + 40 * (torch.arange(5)[:, None] // 3)) % 70)
     accesses = Accesses(monkeypatch)
     forward(*arguments)
-    assert bytes_moved(forward, *arguments) == (accesses.loaded(), accesses.stored)
+    assert bytes_moved(forward, *arguments) == (accesses.moved(), accesses.written())
+    assert bytes_loaded(forward, *arguments) == accesses.loaded()
 
     accesses.clear()
     backward(*backward_arguments)
-    read, written = bytes_moved(backward, *backward_arguments)
     partials = 0 if bias is None else 3 * bias.nbytes  # for two images each; PyTorch adds them up
-    read_by_pytorch, written_by_pytorch = partials, 0 if bias is None else bias.nbytes
+    written_by_pytorch = 0 if bias is None else bias.nbytes
     if queries is not None:
         written_by_pytorch += partials + qkv.nbytes // 3  # zeros
-    assert (read, written) == (accesses.loaded() + read_by_pytorch, accesses.stored + written_by_pytorch)
+    moved = accesses.moved() + partials, accesses.written() + written_by_pytorch
+    assert bytes_moved(backward, *backward_arguments) == moved
+    assert bytes_loaded(backward, *backward_arguments) == accesses.loaded() + partials

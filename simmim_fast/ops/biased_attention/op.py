@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -198,17 +199,27 @@ def _flops_backward(
 
 
 def _bytes_moved(
-    qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_heads: int, scale: float
+    qkv: Tensor,
+    bias: Tensor | None,
+    queries: Tensor | None,
+    num_heads: int,
+    scale: float,
+    *,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """q once, k and v for every program (tile of rows, where keys are several tiles), the bias for every image."""
+    """Every program (a tile of rows, where keys are several tiles) loads k and v, every image the bias."""
     out, lse = _fake(qkv.to("meta"), bias, queries, num_heads, scale)
     images, rows = out.shape[:2]
     if out.numel() == 0:
         return 0, 0
     tile = forward_tile(qkv, num_heads, capability_of(qkv.device, CAPABILITIES))
-    programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
-    read = out.nbytes + programs * 2 * qkv.nbytes // 3 + images * _rows_nbytes(bias, rows)
-    return read + num_heads * _nbytes(queries), out.nbytes + lse.nbytes
+    if every_load:
+        programs = -(-rows // program_rows(tile, images * num_heads, rows, qkv.shape[1]))
+        bias_rows, of_queries = images * rows, num_heads
+    else:
+        programs, bias_rows, of_queries = 1, _distinct_rows(qkv, queries, images), 1
+    read = out.nbytes + programs * 2 * qkv.nbytes // 3 + _rows_nbytes(bias, bias_rows)
+    return read + of_queries * _nbytes(queries), out.nbytes + lse.nbytes
 
 
 def _bytes_moved_backward(
@@ -221,27 +232,48 @@ def _bytes_moved_backward(
     num_heads: int,
     scale: float,
     needs_bias: bool,
+    *,
+    every_load: bool = False,
 ) -> tuple[int, int]:
-    """q, dO, out, lse once; k, v and their gradients' sums for every tile of rows; bias and its sum for every unit."""
+    """Every tile of rows loads k, v and their gradients' sums, every unit of images the bias and its sum."""
     images, rows = grad_out.shape[:2]
     tile = backward_tile(qkv, bias, queries, num_heads, capability_of(qkv.device, CAPABILITIES))
-    row_tiles = -(-rows // tile.rows)
-    units = -(-images // tile.images)
-    itemsize = compute_dtype(qkv.dtype).itemsize
+    row_tiles, units = -(-rows // tile.rows), -(-images // tile.images)
     shapes = workspace_shapes(tile, qkv, bias, queries, num_heads, needs_bias)
-    grad_kv_sums = itemsize * max(row_tiles - 1, 0) * math.prod(shapes.get("kv", (0,)))
-    read = 3 * grad_out.nbytes + lse.nbytes + num_heads * _nbytes(queries)
-    read += row_tiles * 2 * qkv.nbytes // 3 + units * _rows_nbytes(bias, rows) + grad_kv_sums
+    itemsize = compute_dtype(qkv.dtype).itemsize
+    grad_kv_sums = itemsize * math.prod(shapes.get("kv", (0,)))
+    if every_load:
+        key_loads, sum_loads, bias_rows, of_queries = row_tiles, row_tiles - 1, units * rows, num_heads
+    else:
+        key_loads, sum_loads, bias_rows, of_queries = 1, 1, _distinct_rows(qkv, queries, images), 1
+    read = 3 * grad_out.nbytes + lse.nbytes + of_queries * _nbytes(queries)
+    read += key_loads * 2 * qkv.nbytes // 3 + sum_loads * grad_kv_sums + _rows_nbytes(bias, bias_rows)
     written = 2 * qkv.nbytes // 3 + grad_out.nbytes + grad_kv_sums
     if queries is not None:
         written += qkv.nbytes // 3  # zeros where tokens are not queried
-    if "bias" in shapes:
+    if bias is not None and "bias" in shapes:
         partials, unrounded = itemsize * math.prod(shapes["bias"]), unrounded_nbytes(compute_dtype(qkv.dtype), bias)
-        of_a_unit = itemsize * bias.shape[0] * rows * bias.shape[2]
-        begun = units if queries is not None else units - shapes["bias"][0]
-        read += begun * of_a_unit + partials + unrounded
-        written += units * of_a_unit + unrounded + bias.nbytes + (0 if queries is None else partials)
+        loaded, stored = _rows_of_sums(shapes["bias"][0], qkv, queries, units)
+        if every_load:
+            loaded = (units - shapes["bias"][0] if queries is None else units) * rows
+        of_a_row = itemsize * bias[:, 0].numel()
+        read += loaded * of_a_row + partials + unrounded
+        written += stored * of_a_row + unrounded + bias.nbytes + (0 if queries is None else partials)
     return read, written
+
+
+def _distinct_rows(qkv: Tensor, queries: Tensor | None, images: int) -> int:
+    """Rows of the bias that so many images read: all, or as many as their queries can name."""
+    tokens = qkv.shape[1]
+    return tokens if queries is None else min(images * queries.shape[1], tokens)
+
+
+def _rows_of_sums(chunks: int, qkv: Tensor, queries: Tensor | None, units: int) -> tuple[int, int]:
+    """Rows of the chunks' sums that are read and written: those of a chunk's first unit are read with queries alone."""
+    if queries is None:
+        return min(chunks, units - chunks) * qkv.shape[1], chunks * qkv.shape[1]
+    rows = sum(_distinct_rows(qkv, queries, len(range(chunk, units, chunks))) for chunk in range(chunks))
+    return rows, rows
 
 
 def _rows_nbytes(bias: Tensor | None, rows: int) -> int:
@@ -260,7 +292,11 @@ OP = define_op(
     "biased_attention",
     reference=_reference,
     forward=Direction(
-        schema=f"({_ARGUMENTS}, {_CONSTANTS}) -> (Tensor, Tensor)", fake=_fake, flops=_flops, bytes_moved=_bytes_moved
+        schema=f"({_ARGUMENTS}, {_CONSTANTS}) -> (Tensor, Tensor)",
+        fake=_fake,
+        flops=_flops,
+        bytes_moved=_bytes_moved,
+        bytes_loaded=partial(_bytes_moved, every_load=True),
     ),
     backward=Direction(
         schema=f"(Tensor grad_out, {_ARGUMENTS}, Tensor out, Tensor lse, {_CONSTANTS}, bool needs_bias)"
@@ -268,6 +304,7 @@ OP = define_op(
         fake=_fake_backward,
         flops=_flops_backward,
         bytes_moved=_bytes_moved_backward,
+        bytes_loaded=partial(_bytes_moved_backward, every_load=True),
     ),
     setup_context=_setup_context,
     gradients=_gradients,
