@@ -21,11 +21,11 @@ OPPONENTS = ("reference", "compiled", "max_autotune", "sdpa", "sdpa_compiled", "
 
 
 def machine(row: Row) -> str:
-    """What a row was measured on: the GPU, or the processor and how many threads of it."""
+    """What a row was measured on: the GPU, or the processor, its instructions and how many threads of it."""
     facts = row["conditions"]
     if row["arguments"].get("device") == "cuda":
         return facts["gpus"][0]["name"]
-    return f"{facts['cpu']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
+    return f"{facts['cpu']} ({facts['simd']}), {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
 
 
 def latest(

@@ -61,7 +61,7 @@ def test_the_loader_feeds_the_fastest_step_of_its_image_size() -> None:
 def test_parity_table() -> None:
     table = text(tables.parity_table(rows("cpu"), "cpu"))
     assert "| swin_base_192, bf16, batch 8, 2 steps: `fast` | 2.0e-01 | 2 | 1.0e-01 | 6.0e-02 |" in table
-    assert "a processor, 2 threads, load 0.5; torch 2.14.1; commit c0ffeec0ff; 2026-01-02." in table
+    assert "a processor (avx512), 2 threads, load 0.5; torch 2.14.1; commit c0ffeec0ff; 2026-01-02." in table
 
 
 def test_a_later_race_loses_no_figure() -> None:
@@ -99,6 +99,7 @@ def test_machines_have_tables_of_their_own() -> None:
     assert plots.step_plot(two, "cuda").count("H200") >= 1
     few, many = (at(step_row("cpu", "fast", 1.0, {}), threads=threads) for threads in (1, 2))
     assert len(tables.latest([few, many], "step")) == 2
+    assert len(tables.latest([many, at(many, simd="avx2")], "step")) == 2, "one name, two processors"
 
 
 def test_the_first_screen_prefers_rows_of_an_unchanged_commit() -> None:
