@@ -6,7 +6,7 @@ from typing import Any
 
 CONDITIONS = {
     "cpu": "a processor",
-    "simd": "avx512",
+    "simd": "avx",
     "gpus": [{"name": "a GPU", "capability": "9.0", "memory_gib": 80}],
     "versions": {"torch": "2.14.1", "driver": "1.0", "cuda": "13.0"},
     "threads": 2,

@@ -28,7 +28,7 @@ def test_ops() -> None:
 
     made = [op({"eager": 4.0, "compiled": 1.0}, 3), op({"eager": 4.0, "compiled": 3.0}, 4)]
     assert lines(made, "masked_l1_loss, vit_base_224, fp32") == [
-        "| masked_l1_loss, vit_base_224, fp32, on a processor (avx512), 2 threads | ≥ 3× | 3× | met | c0ffeec0ff |"
+        "| masked_l1_loss, vit_base_224, fp32, on a processor (avx), 2 threads | ≥ 3× | 3× | met | c0ffeec0ff |"
     ]
     assert lines([], "masked_l1_loss, vit_base_224, fp32") == [
         "| masked_l1_loss, vit_base_224, fp32, on a CPU | ≥ 3× | - | not measured | - |"
@@ -55,12 +55,13 @@ def test_steps_and_what_their_ratios_take() -> None:
     later = {**fast, "times_faster_than": {"hf_sdpa": 9.0}}
     other = at({**fast, "times_faster_than": {"reference": 1.31}}, cpu="another")
     made = [fast, {**reference, "mfu": 0.5}, later, other, at(reference, cpu="another")]
+    step = "| step of swin_base_192, fp32, batch 8, on"
     assert lines(made, "step of swin_base_192, fp32") == [
-        "| step of swin_base_192, fp32, batch 8, on a processor (avx512), 2 threads | ≥ 1.3× | 1.29× | missed | c0ffeec0ff |",
-        "| step of swin_base_192, fp32, batch 8, on another (avx512), 2 threads | ≥ 1.3× | 1.31× | met | c0ffeec0ff |",
+        f"{step} a processor (avx), 2 threads | ≥ 1.3× | 1.29× | missed | c0ffeec0ff |",
+        f"{step} another (avx), 2 threads | ≥ 1.3× | 1.31× | met | c0ffeec0ff |",
     ]
     assert lines(made, "a processor", "`reference`") == [
-        "| swin_base_192, fp32, batch 8, on a processor (avx512), 2 threads | `reference` | 50% | 1.3× | 65% | 60% |"
+        "| swin_base_192, fp32, batch 8, on a processor (avx), 2 threads | `reference` | 50% | 1.3× | 65% | 60% |"
     ]
     assert lines(made, "step of swin_base_192, bf16, batch 8") == [
         "| step of swin_base_192, bf16, batch 8, on a CPU | ≥ 1.5× | - | not measured | - |"
