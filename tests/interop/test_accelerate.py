@@ -112,11 +112,25 @@ class WithoutSecondDropPath(SwinTransformerBlock):
         return x + self.mlp(self.norm2(x))
 
 
-class WithTwoResults(SwinTransformerBlock):
+class WithTwoArguments(SwinTransformerBlock):
     """A fork with another signature."""
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return super().forward(x)
+
+
+class WithTwoResults(SwinTransformerBlock):
+    """A fork whose callers take a tuple apart."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return super().forward(x), "attention weights"
+
+
+class LossAndPicture(SimMIM):
+    """The same of the whole model."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, str]:
+        return super().forward(x, mask), "picture"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +138,8 @@ class WithTwoResults(SwinTransformerBlock):
     [
         (Scaled, "its forward computes something else"),
         (WithoutSecondDropPath, "its forward computes something else"),
-        (WithTwoResults, "its own forward could not be run for comparison: TypeError"),
+        (WithTwoArguments, "its own forward could not be run for comparison: TypeError"),
+        (WithTwoResults, "its forward returns 2 results, where a Tensor would be"),
     ],
 )
 def test_forks_that_compute_something_else_are_left(fork, reason):
@@ -133,6 +148,13 @@ def test_forks_that_compute_something_else_are_left(fork, reason):
     assert report.accelerated == []
     assert report.left[""].startswith(reason)
     assert type(model) is fork
+
+
+def test_a_model_that_returns_more_than_a_loss_is_left():
+    model = LossAndPicture(Encoder(SwinTransformerBlock(0)))
+    report = accelerate(model)
+    assert report.left[""] == "its forward returns 2 results, where a Tensor would be"
+    assert type(model) is LossAndPicture
 
 
 def test_forks_that_compute_the_same_are_accelerated():
