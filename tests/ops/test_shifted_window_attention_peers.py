@@ -1,7 +1,7 @@
 """shifted_window_attention against Hugging Face's Swin layer where the window does not divide the grid.
 
 Padding at the bottom and right, then the roll. Swin V2's cosine form is held to the official gradients in
-tests/models/test_parity.py, on every backend that runs here.
+tests/models/test_parity.py, on the reference and the compiled library.
 """
 
 from __future__ import annotations
