@@ -28,10 +28,8 @@ def machine(row: Row) -> str:
     return f"{facts['cpu']} ({facts['simd']}), {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
 
 
-def latest(
-    rows: Iterable[Row], benchmark: str, device: str | None = None, prefer_clean: bool = False
-) -> list[dict[str, Any]]:
-    """The last row of each machine, case, set of arguments and contestant.
+def latest(rows: Iterable[Row], benchmark: str, device: str | None = None) -> list[dict[str, Any]]:
+    """The last row of each machine, case, set of arguments and contestant, whether or not its files were committed.
 
     Whom a contestant was raced against, and how often, makes no other measurement of it: its "times_faster_than" has
     each opponent's last ratio, one of the same commit before any other. Rows that say why something is absent are none.
@@ -40,7 +38,6 @@ def latest(
         rows: In the order in which they were written.
         benchmark: Whose rows.
         device: "cpu" or "cuda", or None for both.
-        prefer_clean: Whether a row of an unchanged commit goes before a later one of a tree with changes.
 
     Returns:
         The rows; "sources" of one are those whose figures it has.
@@ -49,7 +46,7 @@ def latest(
     for row in rows:
         if row["benchmark"] == benchmark and device in (None, row["arguments"].get("device")) and "absent" not in row:
             same[_key(row)] = [*same.pop(_key(row), ()), row]
-    return [_merged(group, prefer_clean) for group in same.values()]
+    return [_merged(group) for group in same.values()]
 
 
 def absent(rows: Iterable[Row], benchmark: str, device: str | None = None) -> Iterator[str]:
@@ -69,15 +66,11 @@ def _key(row: Row) -> str:
     return json.dumps([machine(row), row.get("op"), row.get("case"), named, row.get("contestant")], sort_keys=True)
 
 
-def _merged(group: Sequence[Row], prefer_clean: bool) -> dict[str, Any]:
+def _merged(group: Sequence[Row]) -> dict[str, Any]:
     """The last row of a group with the ratios of all of them."""
-
-    def is_clean(row: Row) -> bool:
-        return not prefer_clean or not row["conditions"]["dirty"]
-
-    row = max(enumerate(group), key=lambda numbered: (is_clean(numbered[1]), numbered[0]))[1]
+    row = group[-1]
     commit = row["conditions"]["commit"]
-    ordered = sorted(group, key=lambda other: (is_clean(other), other["conditions"]["commit"] == commit))
+    ordered = sorted(group, key=lambda other: other["conditions"]["commit"] == commit)
     ratios = {name: (ratio, other) for other in ordered for name, ratio in other.get("times_faster_than", {}).items()}
     sources = [row, *(other for _, other in ratios.values() if other is not row)]
     merged = {**row, "sources": sources}
@@ -216,9 +209,9 @@ def fastest(rows: Iterable[Row]) -> Row:
 def first_screen(rows: Iterable[Row], device: str) -> Iterator[str]:
     """A line a model, dtype and batch: images/s of the fastest of ours, and how many times faster it is than others.
 
-    A table a machine, of rows of unchanged commits where there are any.
+    A table a machine, of the same rows as `step_tables`; what was measured with changed files says so.
     """
-    same = [row for row in latest(rows, "step", device, prefer_clean=True) if row["same_method"]]
+    same = [row for row in latest(rows, "step", device) if row["same_method"]]
     tables: dict[str, list[Row]] = {}
     for key, group in grouped(same).items():
         if ours := [row for row in group if row["contestant"] in FAST]:

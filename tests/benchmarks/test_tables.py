@@ -102,19 +102,19 @@ def test_machines_have_tables_of_their_own() -> None:
     assert len(tables.latest([many, at(many, simd="avx2")], "step")) == 2, "one name, two processors"
 
 
-def test_the_first_screen_prefers_rows_of_an_unchanged_commit() -> None:
+def test_every_page_shows_the_latest_row_and_names_changed_files() -> None:
     clean = at(step_row("cpu", "fast", 200.0, {"reference": 2.0}), commit="a" * 40)
     dirty = at(step_row("cpu", "fast", 300.0, {"reference": 3.0, "timm": 9.0}), commit="b" * 40, dirty=True)
-    timm = step_row("cpu", "timm", 20.0, {})
-    alone = text(tables.first_screen([clean, {**dirty, "times_faster_than": {}}, timm], "cpu"))
-    assert "| 200.0 | 2.00× | aaaaaaaaaa |" in alone
-    assert "changed" not in alone
-    screen = text(tables.first_screen([clean, step_row("cpu", "reference", 1.0, {}), timm, dirty], "cpu"))
-    assert "| 200.0 | 2.00× | 9.00× | aaaaaaaaaa and bbbbbbbbbb, files changed since |" in screen
-    assert "| 300.0 | 3.00× | 9.00× | bbbbbbbbbb, files changed since |" in text(
-        tables.first_screen([dirty, timm], "cpu")
+    others = [step_row("cpu", name, 20.0, {}) for name in ("reference", "timm")]
+    screen = text(tables.first_screen([clean, *others, dirty], "cpu"))
+    assert "| 300.0 | 3.00× | 9.00× | bbbbbbbbbb, files changed since |" in screen
+    assert "| 200.0 | 2.00× | 9.00× | aaaaaaaaaa and bbbbbbbbbb, files changed since |" in text(
+        tables.first_screen([dirty, *others, clean], "cpu")
     )
-    assert "300.0" in text(tables.step_tables([clean, dirty], "cpu"))
+    table = text(tables.step_tables([clean, dirty], "cpu"))
+    assert "300.0" in table
+    assert "200.0" not in table
+    assert "commit bbbbbbbbbb, files changed since;" in table
 
 
 @pytest.mark.parametrize(("kind", "device"), [("step", "cpu"), ("op", "cuda"), ("op_host", "cuda")])
