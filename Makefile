@@ -86,8 +86,8 @@ bench: $(SETUP) ## time the ops
 bench-gpu: $(SETUP) ## smoke tests, then steps, ops and parity on an NVIDIA GPU, in under nine minutes
 	@$(BIN)/python -m benchmarks.gpu
 
-bench-gpu-full: $(SETUP) ## all GPU tests, then every model, dtype, batch and contestant, going on where it was cut off
-	@$(BIN)/python -m benchmarks.gpu --full
+bench-gpu-full: $(SETUP) ## all GPU tests, then everything, going on where it was cut off; OFFICIAL=PATH as for traffic
+	@$(BIN)/python -m benchmarks.gpu --full $(if $(OFFICIAL),--official $(OFFICIAL))
 
 traffic: $(SETUP) ## count again what a step moves; OFFICIAL=PATH, a checkout of microsoft/SimMIM, for its rows
 	@$(BIN)/python -m benchmarks.traffic --all benchmarks/results/traffic.jsonl $(if $(OFFICIAL),--official $(OFFICIAL))

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.cases import CASES, DTYPES
 from benchmarks.parity import RUNS
-from benchmarks.results import RESULTS, ROOT, conditions, read_rows, write_row
+from benchmarks.results import RESULTS, ROOT, checkout, conditions, read_rows, write_row
 from benchmarks.trainees import CONTESTANTS
 from simmim_fast import _native
 
@@ -84,19 +84,26 @@ def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
     stages.append(_parity("swin_base_192", "bf16", RUNS[:3], cap=CAPS["parity"]))
     if not full:
         return stages
-    options = () if official is None else ("--official", str(official))
     for dtype, batch, model in itertools.product(("bf16", "fp32"), BATCHES, FULL_MODELS):
         if batch <= LARGEST.get(model, max(BATCHES)):
-            stages.append(_step(model, dtype, batch, CONTESTANTS, *options))
+            stages.append(_step(model, dtype, batch, CONTESTANTS, official))
     stages += [_ops(op, dtype) for dtype in reversed(DTYPES) for op in CASES]
     stages += [_parity(model, dtype, RUNS) for dtype in ("bf16", "fp32") for model in FULL_MODELS]
     return list({stage.title: stage for stage in stages}.values())
 
 
 def _step(
-    model: str, dtype: str, batch: int, contestants: Sequence[str], *options: str, cap: float = float("inf")
+    model: str,
+    dtype: str,
+    batch: int,
+    contestants: Sequence[str],
+    official: Path | None = None,
+    cap: float = float("inf"),
 ) -> Stage:
-    given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda"}
+    options = () if official is None else ("--official", str(official))
+    # Without a checkout, a race that had one will do: it had all the others as well.
+    raced = ... if official is None else checkout(official)
+    given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda", "official": raced}
     command = ("-m", "benchmarks.step", "--models", model, "--dtype", dtype, "--batch", str(batch))
     listed = ("--contestants", *contestants)
     title = f"step of {model}, {dtype}, batch {batch}: {', '.join(contestants)}"
@@ -225,6 +232,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--budget must be positive, got {options.budget}")
     if options.official is not None and not options.full:
         parser.error("--official needs --full, whose plan alone has the official code")
+    if options.official is not None:
+        options.official = options.official.resolve()  # stages run in the root of the checkout
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device; --dry-run prints the plan without one")
     return options

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ def row(benchmark: str, commit: str = COMMIT, dirty: bool = False, card: str = C
 
 def rows_of(stage: gpu.Stage, **conditions: Any) -> list[dict[str, Any]]:
     """What the stage's command writes."""
-    return [row(stage.benchmark, **conditions, **{**wanted, "extra": 1}) for wanted in stage.wanted]
+    return [row(stage.benchmark, **conditions, **{**filled(wanted), "extra": 1}) for wanted in stage.wanted]
+
+
+def filled(wanted: Any) -> Any:
+    """Something where a stage wants anything."""
+    if isinstance(wanted, Mapping):
+        return {name: filled(value) for name, value in wanted.items()}
+    return None if wanted is ... else wanted
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
@@ -65,6 +73,26 @@ def test_a_stage_is_done_where_this_commit_has_all_of_it_on_this_gpu() -> None:
 def test_a_race_of_others_is_another_stage() -> None:
     eager, _, compiled, _ = gpu.plan()[:4]
     assert not gpu.is_done(compiled, rows_of(eager), COMMIT, CARD)
+
+
+def test_a_race_without_the_official_code_is_run_again_with_it(tmp_path: Path) -> None:
+    without, with_it = (gpu.plan(full=True, official=path) for path in (None, tmp_path))
+    for plain, official in zip(without, with_it, strict=True):
+        has_it = "--official" in official.arguments
+        assert has_it == ("official" in official.title)
+        assert gpu.is_done(official, rows_of(plain), COMMIT, CARD) is not has_it, official.title
+        assert gpu.is_done(plain, rows_of(official), COMMIT, CARD)
+    with_another = gpu.plan(full=True, official=tmp_path / "another")
+    assert not all(
+        gpu.is_done(stage, rows_of(one), COMMIT, CARD) for stage, one in zip(with_it, with_another, strict=True)
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="not run: make is not installed")
+def test_the_whole_plan_takes_the_official_code_by_its_makefile_variable() -> None:
+    make = ["make", "-n", "bench-gpu-full", "SETUP=", "OFFICIAL=some/where"]
+    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-m benchmarks.gpu --full --official some/where" in printed
 
 
 def run_plan(statuses: Sequence[int | None], budget: float = 60.0, there: int = 0) -> tuple[list[str], list[str]]:
