@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, DTYPES
+from benchmarks.contestants import names
 from benchmarks.parity import RUNS
 from benchmarks.results import RESULTS, ROOT, checkout, conditions, read_rows, write_row
 from benchmarks.trainees import CONTESTANTS
@@ -34,6 +35,8 @@ BUDGET = 525  # seconds, of nine minutes
 BATCH = 128  # images in a step
 BATCHES = (128, 256, 64)  # of the whole plan
 LARGEST = {"swin_large_192": 128}  # images in a step that 80 GB hold beside the other contestants
+PAIRS, ROUNDS = 10, 30  # timed steps, and calls of an op, of each contestant
+PARITY = {"batch": 64, "steps": 300, "lr": 5e-4}
 EAGER = ("fast", "fast_graph", "reference", "hf_sdpa")
 COMPILED = (*EAGER[:-2], "compiled")
 FULL_MODELS = ("swin_base_192", "vit_base_224", "swin_large_192", "swinv2_base_192")
@@ -59,7 +62,8 @@ class Stage:
         title: What it does.
         arguments: Of Python.
         benchmark: The kind of its rows; None where it leaves none.
-        wanted: What some rows must say for it to be done: a mapping for each, in which `...` is anything.
+        wanted: What some rows must say for it to be done: a mapping for each, in which `...` is anything. A contestant
+            may say why it is absent, where another one ran.
         cap: Seconds after which the stages behind it come first.
     """
 
@@ -103,36 +107,53 @@ def _step(
     options = () if official is None else ("--official", str(official))
     # Without a checkout, a race that had one will do: it had all the others as well.
     raced = ... if official is None else checkout(official)
-    given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda", "official": raced}
+    given = {"model": model, "dtype": dtype, "batch": batch, "device": "cuda", "official": raced, "pairs": PAIRS}
     command = ("-m", "benchmarks.step", "--models", model, "--dtype", dtype, "--batch", str(batch))
+    command = (*command, "--pairs", str(PAIRS))
     listed = ("--contestants", *contestants)
     title = f"step of {model}, {dtype}, batch {batch}: {', '.join(contestants)}"
-    wanted = ({"arguments": {**given, "contestants": list(contestants)}},)
+    given["contestants"] = list(contestants)
+    wanted = tuple({"benchmark": "step", "contestant": one, "arguments": given} for one in contestants)
     return Stage(title, (*command, "--device", "cuda", "--tests", "passed", *listed, *options), "step", wanted, cap)
 
 
 def _ops(op: str, dtype: str, case: str = "", *, cap: float = float("inf")) -> Stage:
-    """All cases of an op, or the one of this name."""
+    """All cases of an op, or the one of this name; by all contestants, and the host's time of a call of each."""
     command = ("-m", "benchmarks.ops", "--op", op, "--dtype", dtype, "--device", "cuda", "--host", "--tests", "passed")
-    given = {"dtype": dtype, "device": "cuda"}
-    wanted = tuple({"op": op, "case": one, "arguments": given} for one in ([case] if case else CASES[op]))
-    if case:
-        command = (*command, "--case", case)
+    command = (*command, "--rounds", str(ROUNDS), *(("--case", case) if case else ()))
+    given = {"device": "cuda", "rounds": ROUNDS, "contestants": None, "host": True}
+    raced = {"benchmark": "op", "op": op, "arguments": {**given, "dtype": dtype}}
+    called = {"benchmark": "op_host", "op": op, "arguments": given}
+    wanted = tuple(
+        {**what, "contestant": one}
+        for what in (*({**raced, "case": name} for name in ([case] if case else CASES[op])), called)
+        for one in names(op)
+    )
     return Stage(f"{op}, {dtype}" + (f": {case}" if case else ""), command, "op", wanted, cap)
 
 
 def _parity(model: str, dtype: str, runs: Sequence[str], cap: float = float("inf")) -> Stage:
     command = ("-m", "benchmarks.parity", "--models", model, "--dtype", dtype, "--device", "cuda", "--tests", "passed")
-    given = {"model": model, "dtype": dtype, "device": "cuda"}
-    wanted = ({"arguments": given, "losses": dict.fromkeys(runs, ...)},)
+    options = [text for name, value in PARITY.items() for text in (f"--{name}", str(value))]
+    given = {"model": model, "dtype": dtype, "device": "cuda", **PARITY}
+    wanted = ({"benchmark": "parity", "arguments": given, "losses": dict.fromkeys(runs, ...)},)
     title = f"parity of {model}, {dtype}: {', '.join(runs)}"
-    return Stage(title, (*command, "--runs", *runs), "parity", wanted, cap)
+    return Stage(title, (*command, *options, "--runs", *runs), "parity", wanted, cap)
 
 
 def is_done(stage: Stage, rows: Sequence[Mapping[str, Any]], commit: str | None, gpu: str) -> bool:
-    """Whether the rows hold all of a stage, measured at this commit, unchanged, on this GPU."""
-    same = [row for row in rows if row["benchmark"] == stage.benchmark and _is_of(row, commit, gpu)]
-    return bool(stage.wanted) and all(any(_says(row, wanted) for row in same) for wanted in stage.wanted)
+    """Whether the rows hold all of a stage, measured at this commit, unchanged, on this GPU.
+
+    Rows of those who did not run are no measurement: of each benchmark that a stage wants, somebody must have run.
+    """
+    same = [row for row in rows if _is_of(row, commit, gpu)]
+    ran = set()
+    for wanted in stage.wanted:
+        found = [row for row in same if _says(row, wanted)]
+        if not found:
+            return False
+        ran |= {row["benchmark"] for row in found if "absent" not in row}
+    return bool(stage.wanted) and ran == {wanted["benchmark"] for wanted in stage.wanted}
 
 
 def _is_of(row: Mapping[str, Any], commit: str | None, gpu: str) -> bool:
@@ -158,7 +179,8 @@ def first(full: bool = False) -> Iterator[Stage]:
         command, title, cap = (*PYTEST, "-m", "gpu and not slow"), "all GPU tests", float("inf")
     else:
         command, title, cap = (*PYTEST, "-m", "gpu and smoke", *SMOKE), "the smoke tests", CAPS["tests"]
-    yield Stage(title, command, "gpu_tests", ({"arguments": {"device": "cuda", "tests": title}},), cap)
+    wanted = {"benchmark": "gpu_tests", "arguments": {"device": "cuda", "tests": title}}
+    yield Stage(title, command, "gpu_tests", (wanted,), cap)
 
 
 def stored(results: Path) -> list[dict[str, Any]]:
@@ -249,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         return is_done(stage, rows, facts["commit"], gpu) and not facts["dirty"]
 
     def passed(stage: Stage) -> None:
-        write_row(RESULTS / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **stage.wanted[0]})
+        write_row(RESULTS / "gpu_tests.jsonl", stage.wanted[0])
 
     stages = [*first(options.full), *plan(options.full, options.official)]
     if options.dry_run:

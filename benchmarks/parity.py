@@ -153,15 +153,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     gate.require(gate.MODELS, options.device, options.tests)
     for name, dtype in itertools.product(options.models, options.dtype):
-        given = {"model": name, "dtype": dtype, "batch": options.batch, "device": options.device}
-        given |= {"steps": options.steps, "lr": options.lr}
         print(f"{name}, {dtype}, batch {options.batch}, {options.device}, {options.steps} steps", flush=True)
         try:
-            row = measure(given, options.runs)
+            row = measure(given(options, name, dtype), options.runs)
         except Absent as reason:
             sys.exit(f"nothing is compared: {reason}")
         write_row(options.results, row)
         print(*table(row), "", sep="\n", flush=True)
+
+
+def given(options: argparse.Namespace, model: str, dtype: str) -> dict[str, Any]:
+    """Every argument of one comparison, as its row has them."""
+    named = ("batch", "device", "steps", "lr")
+    return {"model": model, "dtype": dtype, **{name: getattr(options, name) for name in named}}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gpu, ops, parity, step
 from benchmarks.results import ROOT
+from benchmarks.trainees import Setting
 from simmim_fast.ops import OPS
 
 COMMIT, CARD = "c0ffee", "NVIDIA H100"
@@ -26,7 +27,7 @@ def row(benchmark: str, commit: str = COMMIT, dirty: bool = False, card: str = C
 
 def rows_of(stage: gpu.Stage, **conditions: Any) -> list[dict[str, Any]]:
     """What the stage's command writes."""
-    return [row(stage.benchmark, **conditions, **{**filled(wanted), "extra": 1}) for wanted in stage.wanted]
+    return [row(**conditions, **{**filled(wanted), "extra": 1}) for wanted in stage.wanted]
 
 
 def filled(wanted: Any) -> Any:
@@ -68,6 +69,49 @@ def test_a_stage_is_done_where_this_commit_has_all_of_it_on_this_gpu() -> None:
         assert not gpu.is_done(stage, rows, "decade", CARD)
         assert not gpu.is_done(stage, rows, COMMIT, "NVIDIA A100")
         assert not gpu.is_done(stage, rows_of(stage, dirty=True), COMMIT, CARD)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+def test_a_stage_wants_the_arguments_that_its_command_writes(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for runner in RUNNERS.values():
+        monkeypatch.setattr(runner, "devices", lambda: ["cuda", "cpu"])
+    for stage in gpu.plan(full):
+        _, module, *arguments = stage.arguments
+        options = RUNNERS[module].parse(arguments)
+        for wanted in stage.wanted:
+            given = wanted["arguments"]
+            if module == "benchmarks.step":
+                setting = Setting(*options.models, *options.dtype, *options.batch, options.device, options.official)
+                written = step.given(options, setting)
+            elif module == "benchmarks.ops":
+                written = ops.given(options, *options.dtype)
+            else:
+                written = parity.given(options, *options.models, *options.dtype)
+            assert gpu._says(written, given), stage.title
+
+
+@pytest.mark.parametrize("change", [{"pairs": 1}, {"rounds": 1}, {"steps": 3}, {"contestants": ["native"]}], ids=str)
+def test_a_shorter_measurement_is_not_the_stage(change: dict[str, Any]) -> None:
+    told = 0
+    for stage in gpu.plan():
+        if change.keys() <= stage.wanted[0]["arguments"].keys():
+            rows = [{**one, "arguments": {**one["arguments"], **change}} for one in rows_of(stage)]
+            assert not gpu.is_done(stage, rows, COMMIT, CARD), stage.title
+            told += 1
+    assert told
+
+
+def test_somebody_must_have_run() -> None:
+    for stage in gpu.plan():
+        rows = rows_of(stage)
+        gone = [{**one, "absent": "out of memory"} for one in rows]
+        assert not gpu.is_done(stage, gone, COMMIT, CARD), stage.title
+        if stage.benchmark == "step":
+            assert gpu.is_done(stage, [rows[0], *gone[1:]], COMMIT, CARD), stage.title
+        if stage.benchmark == "op":
+            ran = {one["benchmark"]: one for one in rows}
+            assert gpu.is_done(stage, [*gone, *ran.values()], COMMIT, CARD), stage.title
+            assert not gpu.is_done(stage, [*gone, ran["op"]], COMMIT, CARD), stage.title
 
 
 def test_a_race_of_others_is_another_stage() -> None:
