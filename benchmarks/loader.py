@@ -184,9 +184,14 @@ def main(arguments: list[str] | None = None) -> None:
             measure(pipelines, folders, options.img_size, options.batch, options.batches, options.rounds)
         except ValueError as error:
             sys.exit(f"nothing is loaded: {error}")
-    given = {name: getattr(options, name) for name in ("img_size", "batch", "batches", "rounds")}
-    for row in results(pipelines, given):
+    for row in results(pipelines, given(options)):
         print(line(write_row(options.results, row)), flush=True)
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Every argument of all settings, as their rows have them: "data" is the user's folder, by which sources differ."""
+    named = {name: getattr(options, name) for name in ("img_size", "batch", "batches", "rounds", "tests")}
+    return {**named, "data": None if options.data is None else str(options.data)}
 
 
 def _written(root: Path, sources: Sequence[str]) -> dict[str, Path]:

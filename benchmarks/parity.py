@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def given(options: argparse.Namespace, model: str, dtype: str) -> dict[str, Any]:
     """Every argument of one comparison, as its row has them."""
-    named = ("batch", "device", "steps", "lr")
+    named = ("batch", "device", "steps", "lr", "runs", "tests")
     return {"model": model, "dtype": dtype, **{name: getattr(options, name) for name in named}}
 
 

@@ -12,7 +12,8 @@ from benchmarks.trainees import CONTESTANTS, FAST
 
 Row = Mapping[str, Any]
 ABSENT = "Not measured yet."
-HOW_OFTEN = ("contestants", "pairs", "rounds", "official", "case", "host", "tests")  # that make no other measurement
+# Arguments that make no other measurement.
+HOW_OFTEN = ("contestants", "pairs", "rounds", "runs", "official", "case", "host", "tests")
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 _ORDER = {name: place for place, name in enumerate(CONTESTANTS)}
 _GPU_VERSIONS = (("driver", "driver"), ("CUDA", "cuda"))
@@ -62,7 +63,8 @@ def absent(rows: Iterable[Row], benchmark: str, device: str | None = None) -> It
 
 
 def _key(row: Row) -> str:
-    named = {name: value for name, value in row["arguments"].items() if name not in HOW_OFTEN}
+    # None is what an argument was before there was a choice: rows from then lack it.
+    named = {name: value for name, value in row["arguments"].items() if name not in HOW_OFTEN and value is not None}
     return json.dumps([machine(row), row.get("op"), row.get("case"), named, row.get("contestant")], sort_keys=True)
 
 
@@ -290,7 +292,7 @@ def _size(row: Row) -> int:
 
 def _loader_cells(row: Row, fed: Mapping[int, Row]) -> Iterator[str]:
     given, rate = row["arguments"], row["images_per_second"]
-    yield from (given["source"], given["decoder"], str(given["workers"]), f"{rate['median']:,.1f}")
+    yield from (given.get("data") or given["source"], given["decoder"], str(given["workers"]), f"{rate['median']:,.1f}")
     yield f"{rate['least']:,.1f} to {rate['most']:,.1f}"
     if step := fed.get(given["img_size"]):
         yield f"{rate['median'] / step['arguments']['batch']:.2f}"

@@ -29,10 +29,17 @@ def test_every_setting_has_a_row_and_a_line(folder: Path, tmp_path: Path, capsys
     rows = read_rows(results)
     settings = [(row["arguments"]["decoder"], row["arguments"]["workers"]) for row in rows]
     assert settings == [(decoder, workers) for decoder in loader.DECODERS for workers in (0, 1)]
+    fixed = {"img_size": 32, "batch": 2, "batches": 1, "rounds": 2, "tests": "passed", "data": str(folder)}
+    first = {"source": "data", "decoder": "pillow", "workers": 0}
+    assert rows[0]["arguments"] == {**fixed, **first}
     for row in rows:
         rate = row["images_per_second"]
         assert 0 < rate["least"] <= rate["median"] <= rate["most"]
     assert capsys.readouterr().out.count("images/s") == len(rows)
+
+
+def test_the_photographs_of_packages_are_no_folder() -> None:
+    assert loader.given(loader.parse([]))["data"] is None
 
 
 @pytest.mark.parametrize("decoder", [name for name, decode in loader.DECODERS.items() if decode])

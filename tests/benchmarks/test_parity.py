@@ -23,6 +23,16 @@ def noise_for_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_comparison_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parity.main([*CALL, "--tests", "passed", "--results", str(tmp_path / "rows.jsonl")])
     (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert row["arguments"] == {
+        "model": "swin_micro_96",
+        "dtype": "fp32",
+        "batch": 2,
+        "device": "cpu",
+        "steps": 4,
+        "lr": 5e-4,
+        "runs": list(parity.RUNS),
+        "tests": "passed",
+    }
     assert list(row["losses"]) == list(parity.RUNS)
     assert {len(curve) for curve in row["losses"].values()} == {4}
     assert list(row["gaps"]) == ["fast", "reordered", "precise"]

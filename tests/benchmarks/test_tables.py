@@ -64,6 +64,18 @@ def test_parity_table() -> None:
     assert "a processor (avx), 2 threads, load 0.5; torch 2.14.1; commit c0ffeec0ff; 2026-01-02." in table
 
 
+def test_folders_are_measured_apart_and_runs_are_not() -> None:
+    loaded = loader_row()
+    own = [{**loaded, "arguments": {**loaded["arguments"], "source": "data", "data": path}} for path in ("a", "b")]
+    table = text(tables.loader_table([loaded, *own]))
+    assert table.count("| a | pillow |") == table.count("| b | pillow |") == table.count("| full | pillow |") == 1
+    again = {**loaded, "arguments": {**loaded["arguments"], "data": None, "tests": "run"}}
+    assert tables.latest([loaded, again], "loader") == [{**again, "sources": [again]}]
+    compared = parity_row("cpu")
+    later = {**compared, "arguments": {**compared["arguments"], "runs": ["fast", "reference"], "tests": "run"}}
+    assert tables.latest([compared, later], "parity") == [{**later, "sources": [later]}]
+
+
 def test_a_later_race_loses_no_figure() -> None:
     fast = next(row for row in tables.latest(RACES, "step") if row["contestant"] == "fast")
     assert fast["times_faster_than"] == {"reference": 2.0, "compiled": 1.4, "hf_sdpa": 3.0}
