@@ -12,6 +12,11 @@ from benchmarks.results import ROOT
 
 MODELS = ("tests/models/test_parity.py", "tests/models/test_cuda.py")
 DATA = ("tests/data/test_images.py", "tests/data/test_loader.py")
+OPTION = {  # of runners, and of pytest in benchmarks/
+    "choices": ("run", "passed"),
+    "default": "run",
+    "help": "run the tests of what is measured first, or take the caller's word that they passed (default: run)",
+}
 LINES = 25  # of the tests' output that are shown where they fail
 
 
@@ -22,12 +27,7 @@ def of_ops(ops: Sequence[str]) -> tuple[str, ...]:
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """The option that says whether the caller has run the tests."""
-    parser.add_argument(
-        "--tests",
-        choices=("run", "passed"),
-        default="run",
-        help="run the tests of what is measured first, or take the caller's word that they passed (default: run)",
-    )
+    parser.add_argument("--tests", **OPTION)
 
 
 def require(tests: Sequence[str], device: str, choice: str = "run") -> None:
