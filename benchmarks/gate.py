@@ -13,9 +13,10 @@ from benchmarks.results import ROOT
 MODELS = ("tests/models/test_parity.py", "tests/models/test_cuda.py")
 DATA = ("tests/data/test_images.py", "tests/data/test_loader.py")
 OPTION = {  # of runners, and of pytest in benchmarks/
-    "choices": ("run", "passed"),
+    "choices": ("run", "passed", "smoke-passed"),
     "default": "run",
-    "help": "run the tests of what is measured first, or take the caller's word that they passed (default: run)",
+    "help": "run the tests of what is measured first, or take the caller's word that they, or the smoke tests alone, "
+    "passed; rows have the choice (default: run)",
 }
 LINES = 25  # of the tests' output that are shown where they fail
 
@@ -36,9 +37,9 @@ def require(tests: Sequence[str], device: str, choice: str = "run") -> None:
     Args:
         tests: Files, from the root of the checkout.
         device: "cpu", or "cuda", where the tests that need a GPU run as well.
-        choice: "run", or "passed" to do nothing.
+        choice: "run"; anything else does nothing.
     """
-    if choice == "passed":
+    if choice != "run":
         return
     print(f"testing first: {' '.join(tests)}", flush=True)
     chosen = "not slow and not fuzz" + ("" if device == "cuda" else " and not gpu")

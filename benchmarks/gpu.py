@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,18 @@ def plan(full: bool = False, official: Path | None = None) -> list[Stage]:
     stages += [_ops(op, "bf16", case, cap=CAPS["op"]) for op, case in OPS]
     stages.append(_parity("swin_base_192", "bf16", RUNS[:3], cap=CAPS["parity"]))
     if not full:
-        return stages
+        return [_after("smoke-passed", stage) for stage in stages]
     for dtype, batch, model in itertools.product(("bf16", "fp32"), BATCHES, FULL_MODELS):
         if batch <= LARGEST.get(model, max(BATCHES)):
             stages.append(_step(model, dtype, batch, CONTESTANTS, official))
     stages += [_ops(op, dtype) for dtype in reversed(DTYPES) for op in CASES]
     stages += [_parity(model, dtype, RUNS) for dtype in ("bf16", "fp32") for model in FULL_MODELS]
-    return list({stage.title: stage for stage in stages}.values())
+    return [_after("passed", stage) for stage in {stage.title: stage for stage in stages}.values()]
+
+
+def _after(tests: str, stage: Stage) -> Stage:
+    """The stage, whose rows say which tests went before."""
+    return replace(stage, arguments=(*stage.arguments, "--tests", tests))
 
 
 def _step(
@@ -116,12 +121,12 @@ def _step(
     title = f"step of {model}, {dtype}, batch {batch}: {', '.join(contestants)}"
     given["contestants"] = list(contestants)
     wanted = tuple({"benchmark": "step", "contestant": one, "arguments": given} for one in contestants)
-    return Stage(title, (*command, "--device", "cuda", "--tests", "passed", *listed, *options), "step", wanted, cap)
+    return Stage(title, (*command, "--device", "cuda", *listed, *options), "step", wanted, cap)
 
 
 def _ops(op: str, dtype: str, case: str = "", *, cap: float = float("inf")) -> Stage:
     """All cases of an op, or the one of this name; by all contestants, and the host's time of a call of each."""
-    command = ("-m", "benchmarks.ops", "--op", op, "--dtype", dtype, "--device", "cuda", "--host", "--tests", "passed")
+    command = ("-m", "benchmarks.ops", "--op", op, "--dtype", dtype, "--device", "cuda", "--host")
     command = (*command, "--rounds", str(ROUNDS), *(("--case", case) if case else ()))
     given = {"device": "cuda", "rounds": ROUNDS, "contestants": None, "host": True}
     raced = {"benchmark": "op", "op": op, "arguments": {**given, "dtype": dtype}}
@@ -135,7 +140,7 @@ def _ops(op: str, dtype: str, case: str = "", *, cap: float = float("inf")) -> S
 
 
 def _parity(model: str, dtype: str, runs: Sequence[str], cap: float = float("inf")) -> Stage:
-    command = ("-m", "benchmarks.parity", "--models", model, "--dtype", dtype, "--device", "cuda", "--tests", "passed")
+    command = ("-m", "benchmarks.parity", "--models", model, "--dtype", dtype, "--device", "cuda")
     options = [text for name, value in PARITY.items() for text in (f"--{name}", str(value))]
     given = {"model": model, "dtype": dtype, "device": "cuda", **PARITY}
     wanted = ({"benchmark": "parity", "arguments": given, "losses": dict.fromkeys(runs, ...)},)

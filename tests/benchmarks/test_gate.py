@@ -22,7 +22,8 @@ def test_tests_come_first(tmp_path: Path, passes: bool) -> None:
         return
     with pytest.raises(SystemExit, match="nothing is timed: the tests of what would be measured fail"):
         gate.require([str(path)], "cpu")
-    gate.require([str(path)], "cpu", "passed")
+    for choice in ("passed", "smoke-passed"):
+        gate.require([str(path)], "cpu", choice)
 
 
 @pytest.mark.parametrize("choice", ["run", "passed"])
