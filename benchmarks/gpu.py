@@ -5,19 +5,20 @@
     python -m benchmarks.gpu --dry-run     # the plan, and what of it is left
 
 Each stage of the short plan has a cap, so that none starves those after it; what ran over its cap has what time is left
-in the end, or that of the next call. Called again, it passes over what this commit has rows of on this GPU. Nothing is
-downloaded.
+in the end, or that of the next call. Called again, it passes over what this code has rows of on this GPU, whatever was
+committed of rows and pages in between. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from benchmarks.cases import CASES, DTYPES
 from benchmarks.contestants import names
 from benchmarks.parity import RUNS
-from benchmarks.results import RESULTS, ROOT, checkout, conditions, read_rows, write_row
+from benchmarks.results import RESULTS, ROOT, checkout, conditions, is_same_code, read_rows, write_row
 from benchmarks.trainees import CONTESTANTS
 from simmim_fast import _native
 
@@ -148,24 +149,29 @@ def _parity(model: str, dtype: str, runs: Sequence[str], cap: float = float("inf
     return Stage(title, (*command, *options, "--runs", *runs), "parity", wanted, cap)
 
 
-def is_done(stage: Stage, rows: Sequence[Mapping[str, Any]], commit: str | None, gpu: str) -> bool:
-    """Whether the rows hold all of a stage, measured at this commit, unchanged, on this GPU.
+def is_done(stage: Stage, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rows, as of `comparable`, hold all of a stage.
 
     Rows of those who did not run are no measurement: of each benchmark that a stage wants, somebody must have run.
     """
-    same = [row for row in rows if _is_of(row, commit, gpu)]
     ran = set()
     for wanted in stage.wanted:
-        found = [row for row in same if _says(row, wanted)]
+        found = [row for row in rows if _says(row, wanted)]
         if not found:
             return False
         ran |= {row["benchmark"] for row in found if "absent" not in row}
     return bool(stage.wanted) and ran == {wanted["benchmark"] for wanted in stage.wanted}
 
 
-def _is_of(row: Mapping[str, Any], commit: str | None, gpu: str) -> bool:
-    facts = row["conditions"]
-    return facts["commit"] == commit and not facts["dirty"] and gpu in [one["name"] for one in facts["gpus"]]
+def comparable(rows: Iterable[Mapping[str, Any]], gpu: str) -> list[Mapping[str, Any]]:
+    """The rows that this code has on this GPU: of commits that do not differ from the files that there are."""
+    same_code = functools.cache(is_same_code)
+
+    def is_comparable(row: Mapping[str, Any]) -> bool:
+        facts = row["conditions"]
+        return gpu in [one["name"] for one in facts["gpus"]] and not facts["dirty"] and same_code(facts["commit"])
+
+    return list(filter(is_comparable, rows))
 
 
 def _says(row: Any, wanted: Any) -> bool:
@@ -275,11 +281,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print the plan, or run it."""
     options = parse(arguments)
-    facts, rows = conditions(), stored(RESULTS)
-    gpu = facts["gpus"][0]["name"] if facts["gpus"] else ""
+    gpus = conditions()["gpus"]
+    rows = comparable(stored(RESULTS), gpus[0]["name"] if gpus else "")
 
     def done(stage: Stage) -> bool:
-        return is_done(stage, rows, facts["commit"], gpu) and not facts["dirty"]
+        return is_done(stage, rows)
 
     def passed(stage: Stage) -> None:
         write_row(RESULTS / "gpu_tests.jsonl", stage.wanted[0])

@@ -19,7 +19,8 @@ from simmim_fast.info import collect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_NO_CODE = (":!benchmarks/results", ":!docs", ":!*.md")  # what rows, and the pages made of them, change
+# What rows, and what `benchmarks.report` makes of them, change.
+_NO_CODE = (":!benchmarks/results", ":!docs", ":!*.md", ":!simmim_fast/_measured.py")
 PEERS = ("transformers", "timm", "xformers")
 _CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_limit_w": "power.limit"}
 
@@ -65,7 +66,7 @@ def conditions() -> dict[str, Any]:
         "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA, the
         driver and the peers; None where absent), "simd" of the compiled library, "threads", "load" (processes that ran
         or waited for a core over the last minute, this one included), "commit" and "dirty" (whether tracked files
-        differ from it, rows and documents aside); the last two are None outside a git checkout.
+        differ from it, rows and what is made of them aside); the last two are None outside a git checkout.
     """
     now = {"clocks": _clocks(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
     return {**_fixed_conditions(), **now}
@@ -83,6 +84,17 @@ def _fixed_conditions() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else status != "",
     }
+
+
+def is_same_code(commit: str | None) -> bool:
+    """Whether the tracked files are a commit's, rows and what is made of them aside.
+
+    Args:
+        commit: As of `conditions`; None, where git knows nothing, is the same where it still knows nothing.
+    """
+    if commit is None:
+        return _git("rev-parse", "HEAD") is None
+    return _git("diff", "--quiet", commit, "--", ".", *_NO_CODE) is not None
 
 
 def _version(package: str) -> str | None:

@@ -61,14 +61,18 @@ def test_the_most_important_comes_first() -> None:
     assert len(set(titles)) == len(titles)
 
 
-def test_a_stage_is_done_where_this_commit_has_all_of_it_on_this_gpu() -> None:
+def test_a_stage_is_done_where_all_of_it_is_there() -> None:
     for stage in gpu.plan():
         rows = rows_of(stage)
-        assert gpu.is_done(stage, rows, COMMIT, CARD), stage.title
-        assert not gpu.is_done(stage, rows[:-1], COMMIT, CARD)
-        assert not gpu.is_done(stage, rows, "decade", CARD)
-        assert not gpu.is_done(stage, rows, COMMIT, "NVIDIA A100")
-        assert not gpu.is_done(stage, rows_of(stage, dirty=True), COMMIT, CARD)
+        assert gpu.is_done(stage, rows), stage.title
+        assert not gpu.is_done(stage, rows[:-1])
+
+
+def test_rows_of_the_same_code_on_this_gpu_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "is_same_code", lambda commit: commit in (COMMIT, "rows committed"))
+    kept = [row("step"), row("step", commit="rows committed")]
+    others = [row("step", commit="decade"), row("step", dirty=True), row("step", card="NVIDIA A100")]
+    assert gpu.comparable([*others, *kept], CARD) == kept
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
@@ -96,7 +100,7 @@ def test_a_shorter_measurement_is_not_the_stage(change: dict[str, Any]) -> None:
     for stage in gpu.plan():
         if change.keys() <= stage.wanted[0]["arguments"].keys():
             rows = [{**one, "arguments": {**one["arguments"], **change}} for one in rows_of(stage)]
-            assert not gpu.is_done(stage, rows, COMMIT, CARD), stage.title
+            assert not gpu.is_done(stage, rows), stage.title
             told += 1
     assert told
 
@@ -105,18 +109,18 @@ def test_somebody_must_have_run() -> None:
     for stage in gpu.plan():
         rows = rows_of(stage)
         gone = [{**one, "absent": "out of memory"} for one in rows]
-        assert not gpu.is_done(stage, gone, COMMIT, CARD), stage.title
+        assert not gpu.is_done(stage, gone), stage.title
         if stage.benchmark == "step":
-            assert gpu.is_done(stage, [rows[0], *gone[1:]], COMMIT, CARD), stage.title
+            assert gpu.is_done(stage, [rows[0], *gone[1:]]), stage.title
         if stage.benchmark == "op":
             ran = {one["benchmark"]: one for one in rows}
-            assert gpu.is_done(stage, [*gone, *ran.values()], COMMIT, CARD), stage.title
-            assert not gpu.is_done(stage, [*gone, ran["op"]], COMMIT, CARD), stage.title
+            assert gpu.is_done(stage, [*gone, *ran.values()]), stage.title
+            assert not gpu.is_done(stage, [*gone, ran["op"]]), stage.title
 
 
 def test_a_race_of_others_is_another_stage() -> None:
     eager, _, compiled, _ = gpu.plan()[:4]
-    assert not gpu.is_done(compiled, rows_of(eager), COMMIT, CARD)
+    assert not gpu.is_done(compiled, rows_of(eager))
 
 
 def test_a_race_without_the_official_code_is_run_again_with_it(tmp_path: Path) -> None:
@@ -124,12 +128,10 @@ def test_a_race_without_the_official_code_is_run_again_with_it(tmp_path: Path) -
     for plain, official in zip(without, with_it, strict=True):
         has_it = "--official" in official.arguments
         assert has_it == ("official" in official.title)
-        assert gpu.is_done(official, rows_of(plain), COMMIT, CARD) is not has_it, official.title
-        assert gpu.is_done(plain, rows_of(official), COMMIT, CARD)
+        assert gpu.is_done(official, rows_of(plain)) is not has_it, official.title
+        assert gpu.is_done(plain, rows_of(official))
     with_another = gpu.plan(full=True, official=tmp_path / "another")
-    assert not all(
-        gpu.is_done(stage, rows_of(one), COMMIT, CARD) for stage, one in zip(with_it, with_another, strict=True)
-    )
+    assert not all(gpu.is_done(stage, rows_of(one)) for stage, one in zip(with_it, with_another, strict=True))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="not run: make is not installed")
@@ -225,7 +227,7 @@ def test_smoke_tests_are_where_they_are_looked_for() -> None:
     (short,), (full,) = ([stage for stage in gpu.first(full) if stage.benchmark] for full in (False, True))
     assert short.arguments[-len(gpu.SMOKE) - 1 :] == ("gpu and smoke", *gpu.SMOKE)
     assert full.arguments[-1] == "gpu and not slow"
-    assert not gpu.is_done(full, rows_of(short), COMMIT, CARD)
+    assert not gpu.is_done(full, rows_of(short))
 
 
 def test_every_op_and_backend_is_among_the_smoke_tests() -> None:

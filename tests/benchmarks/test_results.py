@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,55 @@ def test_clocks_that_are_not_told_cost_no_row(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(results.subprocess, "run", run)
     assert write_row(tmp_path / "rows.jsonl", {"benchmark": "none"})["conditions"]["clocks"] == expected
+
+
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """git in a repository of its own, which has one commit and is taken for the checkout."""
+    monkeypatch.setattr(results, "_git", functools.partial(results._git, folder=tmp_path))
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    for name in (
+        "simmim_fast/code.py",
+        "simmim_fast/_measured.py",
+        "benchmarks/results/a.jsonl",
+        "docs/a.svg",
+        "README.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    yield git
+    results._fixed_conditions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ("simmim_fast/_measured.py", True),
+        ("benchmarks/results/a.jsonl", True),
+        ("docs/a.svg", True),
+        ("README.md", True),
+        ("simmim_fast/code.py", False),
+    ],
+)
+def test_rows_and_what_is_made_of_them_are_no_code(
+    changed: str, same: bool, git: Callable[..., str], tmp_path: Path
+) -> None:
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / changed).write_text("2")
+    assert results.is_same_code(commit) is same  # in the tree
+    results._fixed_conditions.cache_clear()
+    assert conditions()["dirty"] is not same
+    git("commit", "-qam", "two")
+    assert results.is_same_code(commit) is same  # committed
+    assert results.is_same_code(git("rev-parse", "HEAD"))
+    assert not results.is_same_code("0" * 40)
 
 
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
