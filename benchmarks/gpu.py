@@ -28,7 +28,7 @@ import torch
 from benchmarks.cases import CASES, DTYPES
 from benchmarks.contestants import names
 from benchmarks.parity import RUNS
-from benchmarks.results import RESULTS, ROOT, checkout, conditions, is_same_code, read_rows, write_row
+from benchmarks.results import RESULTS, ROOT, begin, checkout, conditions, is_same_code, read_rows, write_row
 from benchmarks.trainees import CONTESTANTS
 from simmim_fast import _native
 
@@ -281,6 +281,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print the plan, or run it."""
     options = parse(arguments)
+    begin()
     gpus = conditions()["gpus"]
     rows = comparable(stored(RESULTS), gpus[0]["name"] if gpus else "")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import gate
 from benchmarks.measure import Absent
 from benchmarks.photographs import write_jpegs
-from benchmarks.results import RESULTS, write_row
+from benchmarks.results import RESULTS, begin, write_row
 from simmim_fast.data import ImageFolder, UnreadableImage, build_loader, pretrain_transform
 
 SOURCES: dict[str, int | None] = {"full": None, "resized": 256}  # shorter side in pixels
@@ -171,6 +171,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Test, write the photographs, load, print and write rows."""
     options = parse(arguments)
+    begin()
     gate.require(gate.DATA, "cpu", options.tests)
     torch.set_num_threads(1)  # processes share the cores
     with tempfile.TemporaryDirectory() as root:

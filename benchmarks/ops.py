@@ -29,7 +29,7 @@ from benchmarks.contest import Disagreement, Oracle
 from benchmarks.contestants import Function, contestant, eager, names
 from benchmarks.cost import cost
 from benchmarks.measure import ROTATION, copy_rate, devices, matrix_rate, reason, synchronize
-from benchmarks.results import RESULTS, write_row
+from benchmarks.results import RESULTS, begin, write_row
 from simmim_fast.testing import differentiable, random_gradient, small_inputs
 
 WARM_UP = 3  # rounds
@@ -220,6 +220,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    begin()
     gate.require(gate.of_ops(options.op), options.device, options.tests)
     for dtype in options.dtype:  # the machine's own rates, before compilers keep it busy
         matrix_rate(DTYPES[dtype], options.device)

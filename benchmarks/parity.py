@@ -25,7 +25,7 @@ from benchmarks.cases import DTYPES
 from benchmarks.measure import Absent, devices
 from benchmarks.models import MODELS, build, masks_for, model_name
 from benchmarks.photographs import crops
-from benchmarks.results import RESULTS, write_row
+from benchmarks.results import RESULTS, begin, write_row
 from benchmarks.trainees import Trainee
 
 DEFAULTS = {"cpu": ("swin_micro_96", "fp32", 8), "cuda": ("swin_base_192", "bf16", 64)}  # model, dtype, batch
@@ -151,6 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Test, train, print and write rows."""
     options = parse(arguments)
+    begin()
     gate.require(gate.MODELS, options.device, options.tests)
     for name, dtype in itertools.product(options.models, options.dtype):
         print(f"{name}, {dtype}, batch {options.batch}, {options.device}, {options.steps} steps", flush=True)

@@ -27,7 +27,7 @@ from benchmarks.cost import launches, meta, operator_calls
 from benchmarks.cuda_kernels import Kernel
 from benchmarks.occupancy import LIMITS, WARP_THREADS, occupancy
 from benchmarks.resources_page import PAGE, render
-from benchmarks.results import RESULTS, read_rows, write_row
+from benchmarks.results import RESULTS, begin, read_rows, write_row
 from simmim_fast.testing.offline import Compiled, Launch, compile_launch
 
 ROWS = RESULTS / "resources.jsonl"
@@ -158,6 +158,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     """Compile and read, print, write rows and the page."""
     options = parse(arguments)
+    begin()
     if "native" in options.backend and (reason := cuda_kernels.why_not()) is not None:
         sys.exit(f"the CUDA C++ kernels cannot be read: {reason}; --backend triton leaves them out")
     for row in rows_of(options):

@@ -25,6 +25,15 @@ PEERS = ("transformers", "timm", "xformers")
 _CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_limit_w": "power.limit"}
 
 
+def begin() -> None:
+    """Note the machine and the commit for all rows of this process: called before anything is tested or measured.
+
+    What is edited or committed during a long race is not what was imported before it.
+    """
+    _fixed_conditions.cache_clear()
+    _fixed_conditions()
+
+
 def write_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> dict[str, Any]:
     """Append a measurement to a file of JSON lines, with the time and the conditions, and flush it to the disk.
 
@@ -60,7 +69,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def conditions() -> dict[str, Any]:
-    """What a measurement was made under.
+    """What a measurement was made under; what never changes as it was when `begin`, or this, was called first.
 
     Returns:
         "cpu", "gpus" and "clocks" (of the GPUs, now), "versions" (of simmim_fast, python, torch, triton, CUDA, the

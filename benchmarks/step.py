@@ -31,7 +31,7 @@ from benchmarks.comparators import COMPARATORS
 from benchmarks.limits import Limits, limits
 from benchmarks.measure import ROTATION, devices, reason, synchronize
 from benchmarks.models import MODELS, draw_inputs, loss_of, model_name
-from benchmarks.results import RESULTS, checkout, write_row
+from benchmarks.results import RESULTS, begin, checkout, write_row
 from benchmarks.trainees import CONTESTANTS, FAST, GraphedTrainee, Setting, Trainee, trainee
 
 DEFAULT_MODELS = {"cpu": ("swin_micro_192", "vit_micro_96"), "cuda": ("swin_base_192", "vit_base_224")}
@@ -286,6 +286,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Test, race, print and write rows."""
     options = parse(arguments)
+    begin()
     gate.require(gate.MODELS, options.device, options.tests)
     for name, dtype, batch in itertools.product(options.models, options.dtype, options.batch):
         print(f"{name}, {dtype}, batch {batch}, {options.device}, {options.pairs} steps each", flush=True)

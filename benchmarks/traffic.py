@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.counting import Traffic, count, hollow, no_data
 from benchmarks.models import MODELS, build, loss_of, model_name
 from benchmarks.official import build_official
-from benchmarks.results import write_row
+from benchmarks.results import begin, write_row
 from simmim_fast import _native
 from simmim_fast.models.recompute import RECOMPUTE
 
@@ -218,6 +218,7 @@ def recount(path: Path, official: str | None = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Count, print and, where asked, write a row or all."""
     options = parse(arguments)
+    begin()
     if options.all is not None:
         recount(options.all, options.official)
         return

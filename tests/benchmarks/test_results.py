@@ -86,6 +86,19 @@ def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     results._fixed_conditions.cache_clear()
 
 
+def test_rows_are_of_the_commit_that_was_there_at_the_start(git: Callable[..., str], tmp_path: Path) -> None:
+    results.begin()
+    first = git("rev-parse", "HEAD")
+    (tmp_path / "simmim_fast" / "code.py").write_text("2")
+    edited = write_row(tmp_path / "rows.jsonl", {"benchmark": "none"})["conditions"]
+    git("commit", "-qam", "two")
+    committed = write_row(tmp_path / "rows.jsonl", {"benchmark": "none"})["conditions"]
+    for row in (edited, committed):
+        assert (row["commit"], row["dirty"]) == (first, False)
+    results.begin()
+    assert conditions()["commit"] == git("rev-parse", "HEAD") != first
+
+
 @pytest.mark.parametrize(
     ("changed", "same"),
     [
@@ -102,7 +115,7 @@ def test_rows_and_what_is_made_of_them_are_no_code(
     commit = git("rev-parse", "HEAD")
     (tmp_path / changed).write_text("2")
     assert results.is_same_code(commit) is same  # in the tree
-    results._fixed_conditions.cache_clear()
+    results.begin()
     assert conditions()["dirty"] is not same
     git("commit", "-qam", "two")
     assert results.is_same_code(commit) is same  # committed
