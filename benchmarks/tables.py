@@ -143,6 +143,8 @@ def step_tables(rows: Sequence[Row], device: str) -> Iterator[str]:
     same = [row for row in latest(rows, "step", device) if row["same_method"]]
     if not same:
         yield from (ABSENT, "")
+    elif device == "cpu":
+        yield from ("Peak memory is measured on CUDA alone.", "")
     for (model, dtype, batch, _), group in grouped(same).items():
         ours = [name for name in FAST if any(name in row["times_faster_than"] for row in group)]
         titles = ("contestant", "images/s", "p20 to p80", *(f"`{name}` is faster" for name in ours))

@@ -30,6 +30,13 @@ def test_step_table() -> None:
     assert tables.ABSENT in text(tables.step_tables(rows("cuda"), "cpu"))
 
 
+def test_a_table_without_peaks_says_why() -> None:
+    why = "Peak memory is measured on CUDA alone."
+    assert text(tables.step_tables(rows("cpu"), "cpu")).startswith(f"{why}\n\n**swin_base_192**")
+    assert why not in text(tables.step_tables(rows("cuda"), "cuda"))
+    assert why not in text(tables.step_tables([], "cpu"))
+
+
 def test_what_an_epoch_of_another_method_costs() -> None:
     table = text(tables.other_methods(rows("cuda"), "cuda"))
     assert "| SimMIM, swin_base_192, `fast` | bf16, 8 | 200.0 | 1.78 | 1.00 |" in table
