@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import aims, measured, op_page, plots, tables, traffic_page
+from benchmarks import aims, measured, op_page, plots, profiles, tables, traffic_page
 from benchmarks.results import RESULTS, ROOT, read_rows
 from benchmarks.tables import Row
 
@@ -60,6 +60,7 @@ def sections(rows: Sequence[Row], pictures: Iterable[str]) -> dict[str, str]:
         "first screen": _by_device(rows, tables.first_screen),
         "loader": list(tables.loader_table(rows)),
         "aims": list(aims.aims_table(rows)),
+        "profile": _by_device(rows, profiles.profile_table),
         "roofline": [
             line
             for device, title in DEVICES.items()

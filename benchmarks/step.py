@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.comparators import COMPARATORS
 from benchmarks.limits import Limits, limits
 from benchmarks.measure import ROTATION, devices, reason, synchronize
 from benchmarks.models import MODELS, draw_inputs, loss_of, model_name
+from benchmarks.profiles import shares
 from benchmarks.results import RESULTS, begin, checkout, write_row
 from benchmarks.trainees import CONTESTANTS, FAST, GraphedTrainee, Setting, Trainee, trainee
 
@@ -55,6 +57,7 @@ class Entrant:
         own_bytes: Memory that it holds between steps, on CUDA.
         peak_bytes: The most that it held in a step.
         seconds: Of each step.
+        shares: Of each kind of operator in the time of one more step, where that was asked for.
     """
 
     name: str
@@ -62,15 +65,19 @@ class Entrant:
     own_bytes: int = 0
     peak_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
+    shares: dict[str, float] | None = None
 
 
-def race(setting: Setting, contestants: Sequence[str], pairs: int) -> tuple[list[Entrant], dict[str, str]]:
+def race(
+    setting: Setting, contestants: Sequence[str], pairs: int, profiled: bool = False
+) -> tuple[list[Entrant], dict[str, str]]:
     """Time the contestants in turn.
 
     Args:
         setting: What is trained.
         contestants: Of `CONTESTANTS`.
         pairs: Timed steps of each.
+        profiled: Whether one more step of each is profiled.
 
     Returns:
         The entrants with their times, and why each of the others does not run.
@@ -88,6 +95,8 @@ def race(setting: Setting, contestants: Sequence[str], pairs: int) -> tuple[list
         entered.let_each(_step, entered.sets[0])  # what came after it may make a compiler look at it again
         for pair, inputs in enumerate(itertools.islice(itertools.cycle(entered.sets), pairs)):
             entered.let_each(_time, inputs, backwards=pair % 2 == 1)
+        if profiled:
+            entered.let_each(_profile, entered.sets[0])
     return list(entered.entrants.values()), entered.absent
 
 
@@ -169,6 +178,11 @@ def _step(entrant: Entrant, inputs: tuple[Tensor, Tensor], device: str) -> None:
     """One step off the clock."""
     entrant.trainee.step(*inputs)
     entrant.trainee.optimizer.zero_grad()
+
+
+def _profile(entrant: Entrant, inputs: tuple[Tensor, Tensor], device: str) -> None:
+    """Where the time of one step goes."""
+    entrant.shares = shares(partial(_step, entrant, inputs, device), device)
 
 
 def _time(entrant: Entrant, inputs: tuple[Tensor, Tensor], device: str) -> None:
@@ -269,6 +283,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
     add("--official", type=Path, metavar="PATH", help="checkout of microsoft/SimMIM, for the contestant `official`")
     add("--pairs", type=int, default=10, help="timed steps of each contestant (default: %(default)s)")
+    add("--profile", action="store_true", help="also write where the time of a step of each goes, by kind of operator")
     add("--results", type=Path, default=RESULTS / "step.jsonl", metavar="FILE", help="rows are appended here")
     gate.add_option(parser)
     options = parser.parse_args(arguments)
@@ -293,13 +308,16 @@ def main(arguments: list[str] | None = None) -> None:
         limit = limits(name, dtype, batch, options.device)
         setting = Setting(name, dtype, batch, options.device, options.official)
         try:
-            entrants, absent = race(setting, options.contestants, options.pairs)
+            entrants, absent = race(setting, options.contestants, options.pairs, options.profile)
         except Disagreement as error:
             sys.exit(str(error))
         rows = list(results(entrants, batch, limit))
         written = (*rows, *({"contestant": one, "absent": why} for one, why in absent.items()))
         for row in written:
             write_row(options.results, {"benchmark": "step", "arguments": given(options, setting), **row})
+        for one in (one for one in entrants if one.shares is not None):
+            found = {"contestant": one.name, "shares": one.shares}
+            write_row(options.results, {"benchmark": "profile", "arguments": given(options, setting), **found})
         print(*(f"{one} does not run: {why}" for one, why in absent.items()), *table(rows), "", sep="\n", flush=True)
         del entrants
         gc.collect()
@@ -309,7 +327,7 @@ def given(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Every argument of one race, as its rows have them."""
     raced = {"model": setting.model, "dtype": setting.dtype, "batch": setting.batch, "device": setting.device}
     named = {"contestants": options.contestants, "official": checkout(options.official)}
-    return {**raced, "pairs": options.pairs, **named, "tests": options.tests}
+    return {**raced, "pairs": options.pairs, **named, "profile": options.profile, "tests": options.tests}
 
 
 if __name__ == "__main__":

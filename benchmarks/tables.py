@@ -13,7 +13,7 @@ from benchmarks.trainees import CONTESTANTS, FAST
 Row = Mapping[str, Any]
 ABSENT = "Not measured yet."
 # Arguments that make no other measurement.
-HOW_OFTEN = ("contestants", "pairs", "rounds", "runs", "official", "case", "host", "tests")
+HOW_OFTEN = ("contestants", "pairs", "rounds", "runs", "official", "case", "host", "profile", "tests")
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 _ORDER = {name: place for place, name in enumerate(CONTESTANTS)}
 _GPU_VERSIONS = (("driver", "driver"), ("CUDA", "cuda"))

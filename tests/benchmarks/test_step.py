@@ -53,8 +53,9 @@ def peers() -> None:
         pytest.importorskip(package, reason=f"not run: {package} is not installed (requirements-dev.txt pins it)")
 
 
-def run_step(results: Path, *contestants: str, models: tuple[str, ...] = MICRO, pairs: int = 3) -> None:
+def run_step(results: Path, *contestants: str, models: tuple[str, ...] = MICRO, pairs: int = 3, **more: bool) -> None:
     options = ["--device", "cpu", "--models", *models, "--dtype", "fp32", "--batch", "2", "--pairs", str(pairs)]
+    options += [f"--{name}" for name, wanted in more.items() if wanted]
     step.main([*options, "--tests", "passed", "--contestants", *contestants, "--results", str(results)])
 
 
@@ -70,6 +71,16 @@ def test_every_contestant_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.Ca
         assert len(row["seconds"]) == 3
         assert len(row["times_faster_than"]) == 2
         assert f"{rate['median']:.2f}" in printed
+
+
+def test_a_profile_is_a_row_beside_that_of_the_step(tmp_path: Path) -> None:
+    run_step(tmp_path / "rows.jsonl", "fast", "reference", models=MICRO[:1], pairs=1, profile=True)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    written = [(row["benchmark"], row["contestant"]) for row in rows]
+    assert written == [(kind, name) for kind in ("step", "profile") for name in ("fast", "reference")]
+    for row in rows[2:]:
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert row["shares"]["products"] > 0 < row["shares"]["norms"]
 
 
 def test_a_wrong_contestant_gets_no_speed(
