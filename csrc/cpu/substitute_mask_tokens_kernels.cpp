@@ -3,6 +3,8 @@
 
 #include "cpu/substitute_mask_tokens_kernels.h"
 
+#include "cpu/buffer.h"
+
 namespace simmim_fast::SIMMIM_FAST_LEVEL {
 namespace {
 
@@ -68,9 +70,12 @@ void backward_chunk(const BackwardArgs<X, Out>& args, int64_t chunk) {
   const int64_t last = std::min(first + Chunks::kPositions, args.positions);
   Sum* token_sum = args.token_partials ? args.token_partials + chunk * channels : nullptr;
   Sum* pos_sums = args.pos_partials ? args.pos_partials + image_chunk * args.positions * channels : nullptr;
+  // An image's rows are added up by themselves: 256 in one chain would round too often.
+  const Buffer<Sum> image_sum(token_sum ? channels : 0);
   if (token_sum) std::fill_n(token_sum, channels, Sum(0));
   if (pos_sums) std::fill_n(pos_sums + first * channels, (last - first) * channels, Sum(0));
   for (int64_t image = first_image; image < last_image; ++image) {
+    if (token_sum) std::fill_n(image_sum.get(), channels, Sum(0));
     for (int64_t position = first; position < last; ++position) {
       const int64_t row = image * args.positions + position;
       const Out* grad = args.grad_out + row * channels;
@@ -78,9 +83,10 @@ void backward_chunk(const BackwardArgs<X, Out>& args, int64_t chunk) {
       const bool masked = args.mask[row];
       if (grad_x && masked) std::fill_n(grad_x, channels, X(0));
       if (grad_x && !masked) copy(grad, grad_x, channels);
-      if (token_sum && masked) accumulate_row(grad, token_sum, channels);
+      if (token_sum && masked) accumulate_row(grad, image_sum.get(), channels);
       if (pos_sums) accumulate_row(grad, pos_sums + position * channels, channels);
     }
+    if (token_sum) accumulate_row(image_sum.get(), token_sum, channels);
   }
 }
 

@@ -194,6 +194,7 @@ def test_every_argument_is_in_the_row(tmp_path: Path) -> None:
         "pairs": 1,
         "contestants": ["reference"],
         "official": None,
+        "profile": False,
         "tests": "passed",
     }
 
