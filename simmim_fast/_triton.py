@@ -47,6 +47,17 @@ def store_rounded(pointer, value, mask):
 
 
 @triton.jit
+def mask_if(mask, condition):
+    """mask, a block, where the scalar condition holds; nothing of it elsewhere.
+
+    In the interpreter a scalar comparison counts as an integer, which makes the conjunction one too; triton 3.9 takes
+    no such mask.
+    """
+    both = mask & condition
+    return both != 0 if INTERPRETED else both
+
+
+@triton.jit
 def dot(a, b, OPERAND: tl.constexpr):
     """a (M, K) @ b (K, N), both rounded to OPERAND, in float32, or in float64 for float64. M, N and K are 16 or more.
 

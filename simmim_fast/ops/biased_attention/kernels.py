@@ -23,6 +23,7 @@ from simmim_fast._triton import (
     compute_type,
     contiguous,
     dot,
+    mask_if,
     on_device_of,
     store_rounded,
 )
@@ -206,7 +207,7 @@ def _tile_gradients(
     product of Hopper's has 64 rows, and D are more often than the tile's keys are.
     """
     NUM_CHANNELS: tl.constexpr = NUM_HEADS * HEAD_SIZE
-    in_bounds = (keys < NUM_TOKENS) & there
+    in_bounds = mask_if(keys < NUM_TOKENS, there)
     first_token = image * NUM_TOKENS * 3 * NUM_CHANNELS + head * HEAD_SIZE
     k = _load_rows(qkv_ptr + first_token + NUM_CHANNELS, keys, 3 * NUM_CHANNELS, in_bounds, channels, HEAD_SIZE)
     v = _load_rows(qkv_ptr + first_token + 2 * NUM_CHANNELS, keys, 3 * NUM_CHANNELS, in_bounds, channels, HEAD_SIZE)
@@ -222,11 +223,11 @@ def _tile_gradients(
         last = first_row + TILE_R >= NUM_ROWS
         first_sum = image * NUM_TOKENS * 2 * NUM_CHANNELS + head * HEAD_SIZE
         sums = grad_kv_ptr + first_sum + (keys[:, None] * 2 * NUM_CHANNELS + channels[None, :])
-        grad_k += tl.load(sums, mask=wanted & (first_row > 0), other=0.0)
-        grad_v += tl.load(sums + NUM_CHANNELS, mask=wanted & (first_row > 0), other=0.0)
-        tl.store(sums, grad_k, mask=wanted & ~last)
-        tl.store(sums + NUM_CHANNELS, grad_v, mask=wanted & ~last)
-        wanted &= last
+        grad_k += tl.load(sums, mask=mask_if(wanted, first_row > 0), other=0.0)
+        grad_v += tl.load(sums + NUM_CHANNELS, mask=mask_if(wanted, first_row > 0), other=0.0)
+        tl.store(sums, grad_k, mask=mask_if(wanted, ~last))
+        tl.store(sums + NUM_CHANNELS, grad_v, mask=mask_if(wanted, ~last))
+        wanted = mask_if(wanted, last)
     offsets = keys[:, None] * 3 * NUM_CHANNELS + channels[None, :]
     store_rounded(grad_qkv_ptr + first_token + NUM_CHANNELS + offsets, grad_k * scale, wanted)
     store_rounded(grad_qkv_ptr + first_token + 2 * NUM_CHANNELS + offsets, grad_v, wanted)
@@ -283,7 +284,7 @@ def _biased_attention_bwd_kernel(
             grad_q = tl.zeros((TILE_R, TILE_D), COMPUTE)
             if IMAGES == 2:
                 q_2, grad_out_2, delta_2, lse_2 = _load_image(
-                    *(image + 1, head, tokens, rows, valid & paired, channels),
+                    *(image + 1, head, tokens, rows, mask_if(valid, paired), channels),
                     *(grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, NUM_ROWS, NUM_TOKENS, NUM_HEADS, HEAD_SIZE, COMPUTE),
                 )
                 grad_q_2 = tl.zeros((TILE_R, TILE_D), COMPUTE)
@@ -309,7 +310,7 @@ def _biased_attention_bwd_kernel(
                     first_sum = tl.cast(unit % tl.num_programs(0), tl.int64) * NUM_TOKENS * NUM_TOKENS
                     sums = partial_ptr + first_sum + pairs
                     begun = (unit >= tl.num_programs(0)) | (queries_ptr is not None)
-                    so_far = tl.load(sums, mask=valid_pairs & begun, other=0.0)
+                    so_far = tl.load(sums, mask=mask_if(valid_pairs, begun), other=0.0)
                     tl.store(sums, so_far + grad_logits, mask=valid_pairs)
             offsets = tokens[:, None] * 3 * NUM_CHANNELS + channels[None, :]
             wanted = valid[:, None] & (channels < HEAD_SIZE)[None, :]
@@ -317,7 +318,7 @@ def _biased_attention_bwd_kernel(
             if IMAGES == 2:
                 grad_ptr += NUM_TOKENS * 3 * NUM_CHANNELS
                 there = (unit // NUM_HEADS + 1) * IMAGES <= num_images  # paired, which until here would be spilled
-                store_rounded(grad_ptr + offsets, grad_q_2 * scale, wanted & there)
+                store_rounded(grad_ptr + offsets, grad_q_2 * scale, mask_if(wanted, there))
             tl.debug_barrier()  # other threads of the program read what was stored above
 
 

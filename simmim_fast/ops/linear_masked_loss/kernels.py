@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_fast._triton import compute_type, contiguous, dot, on_device_of, store_rounded
+from simmim_fast._triton import compute_type, contiguous, dot, mask_if, on_device_of, store_rounded
 from simmim_fast.ops.linear_masked_loss.op import (
     TILE_CHANNELS,
     TILE_OUTPUTS,
@@ -248,7 +248,7 @@ def _linear_masked_loss_bwd_weight_kernel(
         store_rounded(at, product * factor, is_output[:, None] & is_channel[None, :])
     if grad_bias_ptr is not None:
         at = grad_bias_ptr + chunk * num_outputs + outputs
-        store_rounded(at, total * factor, is_output & (tl.program_id(1) == 0))
+        store_rounded(at, total * factor, mask_if(is_output, tl.program_id(1) == 0))
 
 
 _OPERANDS = {
