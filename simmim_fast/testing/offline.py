@@ -37,8 +37,8 @@ class Launch:
 
     @property
     def threads(self) -> int:
-        """Threads of one program."""
-        return 32 * self.options["num_warps"]
+        """Threads of one program: 4 warps, where the launch does not say."""
+        return 32 * self.options.get("num_warps", 4)
 
 
 @dataclass(frozen=True)
