@@ -101,8 +101,13 @@ def _triton_refusal(op: Op, device: torch.device, dtype: torch.dtype) -> str | N
     return _capability_refusal(device)
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor; () where it is not known."""
+    return tuple(int(number) for number in re.findall(r"\d+", _TRITON_VERSION or "")[:2])
+
+
 def _triton_version_refusal() -> str | None:
-    numbers = tuple(int(number) for number in re.findall(r"\d+", _TRITON_VERSION or "")[:2])
+    numbers = triton_version()
     if not numbers or numbers >= TRITON_VERSION:
         return None
     return f"it needs triton {'.'.join(map(str, TRITON_VERSION))} or newer; got {_TRITON_VERSION}"

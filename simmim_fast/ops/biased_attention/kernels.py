@@ -255,6 +255,7 @@ def _biased_attention_bwd_kernel(
     OPERAND: tl.constexpr,
     COMPUTE: tl.constexpr,
     IMAGES: tl.constexpr,  # 1 or 2
+    HOISTS: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -263,7 +264,8 @@ def _biased_attention_bwd_kernel(
 
     grad_q of a tile of rows stays in registers while keys go by; two images share the tiles of the bias and of its
     gradient. What does not fit beside them, the sum of the bias over images and those of k and v over tiles of rows, is
-    added up in memory that no other program touches. Nothing is hoisted out of the loops: it would be spilled.
+    added up in memory that no other program touches. On 9.0 and up nothing is hoisted out of the loops: it would be
+    spilled. On 8.x q and grad_out have to leave the loop over keys, to be in shared memory before it (HOISTS).
     """
     NUM_CHANNELS: tl.constexpr = NUM_HEADS * HEAD_SIZE
     channels = tl.arange(0, TILE_D)
@@ -288,7 +290,7 @@ def _biased_attention_bwd_kernel(
                     *(grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, NUM_ROWS, NUM_TOKENS, NUM_HEADS, HEAD_SIZE, COMPUTE),
                 )
                 grad_q_2 = tl.zeros((TILE_R, TILE_D), COMPUTE)
-            for first_key in tl.range(0, NUM_TOKENS, TILE_K, disable_licm=True):
+            for first_key in tl.range(0, NUM_TOKENS, TILE_K, disable_licm=not HOISTS):
                 keys = first_key + tl.arange(0, TILE_K)
                 pairs = tokens[:, None] * NUM_TOKENS + keys[None, :]
                 valid_pairs = valid[:, None] & (keys < NUM_TOKENS)[None, :]
@@ -387,6 +389,7 @@ def backward(
                 grad_out.shape[1],
                 **_constants(tile, qkv, num_heads, scale),
                 IMAGES=tile.images,
+                HOISTS=tile.hoists,
             )
     return grad_qkv, sums["bias"].sum(0).to(bias.dtype) if needs_bias else grad_out.new_empty(0)
 

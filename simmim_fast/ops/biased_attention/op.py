@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simmim_fast._backends import triton_version
 from simmim_fast.ops._devices import MULTIPROCESSORS, capability_of
 from simmim_fast.ops._registration import Direction, define_op, unrounded_nbytes
 from simmim_fast.ops.biased_attention import reference
@@ -24,13 +25,22 @@ MAX_IMAGE_ELEMENTS = 2**31  # of qkv, and of a head's bias: the Triton kernels' 
 CAPABILITIES = (80, 86, 90, 100)  # that have tiles of their own; the blocks of 8.6 and 8.9 have 99 KiB
 
 
+# Images that a program of the backward takes at a time on 9.0. triton 3.9 no longer moves anything out of a loop with
+# `disable_licm`, not even changes of layout, and two spill 26 registers.
+HOPPER_IMAGES = 2 if () < triton_version() < (3, 9) else 1
+
+
 class Tile(NamedTuple):
-    """Sizes of a Triton kernel's tiles of logits, the warps of a program, and the images it takes at a time."""
+    """Sizes of a Triton kernel's tiles of logits, the warps of a program, and the images it takes at a time.
+
+    hoists: What does not change may leave the backward's loop over keys.
+    """
 
     rows: int
     keys: int
     warps: int = 8
     images: int = 1
+    hoists: bool = False
 
 
 def forward_tile(qkv: Tensor, num_heads: int, capability: int) -> Tile:
@@ -57,13 +67,14 @@ def backward_tile(qkv: Tensor, bias: Tensor | None, queries: Tensor | None, num_
     if qkv.itemsize > 2:
         tile = Tile(16, 16) if head_size > 64 else Tile(32 if capability >= 100 else 64, 16)
     elif head_size > 64:
-        tile = Tile(256 if hopper else 64, 16)
+        tile = Tile(256 if hopper else 32, 16)
     elif head_size <= 32 or (tokens > 256 and not hopper) or capability == 86:
         tile = Tile(128, 16)
     else:
-        tile = Tile(256, 16, images=2 if hopper and tokens <= 256 else 1)
+        pairs = {90: HOPPER_IMAGES, 100: 2} if tokens <= 256 else {}
+        tile = Tile(256, 16, images=pairs.get(capability, 1))
     images = 1 if bias is None or queries is not None else tile.images
-    return tile._replace(rows=min(tile.rows, _covering(rows)), images=images)
+    return tile._replace(rows=min(tile.rows, _covering(rows)), images=images, hoists=not hopper)
 
 
 def _covering(size: int) -> int:
