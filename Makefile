@@ -11,10 +11,10 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-abi fuzz sanitize check format wheel bench bench-gpu bench-gpu-full traffic report clean
+.PHONY: help setup demo test test-long test-gpu test-abi test-triton fuzz sanitize check format wheel bench bench-gpu bench-gpu-full traffic report clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## create .venv, install the pinned dependencies, compile and install the package
 
@@ -62,6 +62,10 @@ sanitize: $(SETUP) ## the kernels under compute-sanitizer, on an NVIDIA GPU
 test-abi: $(SETUP) ## wheels across torch versions, in throw-away environments (downloads two torches)
 	@echo "== building and loading wheels across torch versions"
 	@$(BIN)/python -m tests.abi
+
+test-triton: $(SETUP) ## the kernels under the oldest and newest triton, interpreted and compiled (downloads both)
+	@echo "== running the kernels under other versions of triton"
+	@$(BIN)/python -m tests.triton_versions
 
 check: $(SETUP) ## style, without rewriting
 	@echo "== checking style"
