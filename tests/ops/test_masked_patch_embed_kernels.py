@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simmim_fast.ops import bytes_loaded, bytes_moved, flops, register_flop_formulas
 from simmim_fast.ops.masked_patch_embed import reference
-from simmim_fast.ops.masked_patch_embed.op import MAX_NORM_CHANNELS, chunk_rows, size_refusal
+from simmim_fast.ops.masked_patch_embed.op import MAX_NORM_CHANNELS, chunk_rows, row_tile, size_refusal
 from simmim_fast.testing import masked_patch_embed_inputs as make_inputs
 from simmim_fast.testing import offline
 from tests.ops.masked_patch_embed_operators import operator_arguments, operators
@@ -26,6 +26,17 @@ def test_says_which_sizes_it_takes() -> None:
     assert "at most 1024 channels; got 1025" in size_refusal("triton", channels=wide, norm=True)
     assert size_refusal("triton", channels=wide, norm=False) is None
     assert size_refusal("native", channels=wide, norm=True) is None
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("live", [1, 3], ids=["forward", "backward"])
+def test_warps_are_a_power_of_two(live: int, dtype: torch.dtype) -> None:
+    warps = {
+        row_tile(torch.empty(channels, 48, device="meta"), dtype, norm, live).num_warps
+        for channels in (1, 96, 128, 192, 256, 384, 512, 768, MAX_NORM_CHANNELS)
+        for norm in (True, False)
+    }
+    assert warps <= {4, 8, 16}
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
