@@ -109,7 +109,7 @@ def test_matches_float64_at_shapes(target: Target, shape: tuple, dtypes: tuple, 
 @fuzzed(
     samples=st.sampled_from([0, 1, 2, 5]),
     tokens=st.sampled_from([1, 2, 15, 17, 33]),
-    channels=st.sampled_from([2, 7, 8, 15, 16, 17, 127, 128, 129, 257]),
+    channels=st.sampled_from([3, 7, 8, 15, 16, 17, 127, 128, 129, 257]),  # of 2 the norm is ±1, its gradient rounding
     dtypes=st.sampled_from([param.values[0] for param in DTYPES]),
     form=st.sampled_from(list(FORMS.values())),
     seed=st.integers(0, 100),
