@@ -350,3 +350,11 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit):
             step.parse(options)
         assert error in capsys.readouterr().err
+
+
+def test_they_are_compared_far_from_the_kink_of_l1() -> None:
+    entered = step.Field(Setting("vit_micro_96", "fp32", 2, "cpu"))
+    images, mask = entered.compared
+    with torch.no_grad():
+        predicted = entered.oracle.model().reconstruct(images, mask)
+    assert (predicted - images).abs().min() > 1
