@@ -29,6 +29,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 TRITON_CAPABILITY = (8, 0)
 TRITON_VERSION = (3, 6)  # the oldest that the kernels were run with; newer ones are tried
+# On 10.x, below: 3.6 and 3.7 round float32 products to TF32, and stop at some kernels (docs/backends.md).
+TRITON_VERSION_OF_10 = (3, 8)
 NO_CUDA_DEVICE = "PyTorch sees no CUDA device"
 
 
@@ -106,11 +108,11 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", _TRITON_VERSION or "")[:2])
 
 
-def _triton_version_refusal() -> str | None:
+def _triton_version_refusal(least: tuple[int, ...] = TRITON_VERSION, where: str = "") -> str | None:
     numbers = triton_version()
-    if not numbers or numbers >= TRITON_VERSION:
+    if not numbers or numbers >= least:
         return None
-    return f"it needs triton {'.'.join(map(str, TRITON_VERSION))} or newer; got {_TRITON_VERSION}"
+    return f"it needs triton {'.'.join(map(str, least))} or newer{where}; got {_TRITON_VERSION}"
 
 
 def _capability_refusal(device: torch.device) -> str | None:
@@ -119,6 +121,8 @@ def _capability_refusal(device: torch.device) -> str | None:
     capability = _capability(device)
     if capability < TRITON_CAPABILITY:
         return f"it needs compute capability {TRITON_CAPABILITY}, {device} has {capability}"
+    if capability[0] == 10:
+        return _triton_version_refusal(TRITON_VERSION_OF_10, f" on compute capability {capability}, which {device} has")
     return None
 
 

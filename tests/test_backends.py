@@ -174,6 +174,26 @@ def test_reason_of_an_old_triton(version: str | None, reason: str | None, monkey
     assert refusal(EVERYWHERE, "triton", CPU, FP32) == reason
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        ("3.7.1", (10, 0), "it needs triton 3.8 or newer on compute capability (10, 0), which cuda has; got 3.7.1"),
+        ("3.6.0", (10, 3), "it needs triton 3.8 or newer on compute capability (10, 3), which cuda has; got 3.6.0"),
+        ("3.8.0", (10, 0), None),
+        ("3.6.0", (9, 0), None),
+        ("3.6.0", (12, 0), None),
+    ],
+)
+def test_reason_of_a_triton_that_multiplies_in_tf32(
+    version: str, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backends, "_TRITON_VERSION", version)
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backends, "_capability", lambda device: capability)
+    assert refusal(EVERYWHERE, "triton", CUDA, FP32) == reason
+
+
 def test_reasons_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refusal(EVERYWHERE, "triton", CUDA, FP32) == "PyTorch sees no CUDA device"
