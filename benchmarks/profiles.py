@@ -15,13 +15,13 @@ from benchmarks.tables import ABSENT, Row, by_machine, grouped, latest, markdown
 # In the order of the table, each by parts of operators' names; the first that fits. An operator's time is its own,
 # without that of operators that it calls. Our head and embedding have products inside.
 KINDS = {
+    "copies": ("copy", "cat", "roll", "clone", "index", "slice", "select", "fill", "zero"),
     "head, embedding": ("linear_masked_loss", "masked_patch_embed"),
     "attention": ("attention", "softmax"),
     "products": ("mm", "linear", "convolution"),
     "norms": ("norm_forward", "layer_norm"),
     "GELU": ("gelu",),
     "optimizer": ("adam", "foreach", "Optimizer", "clip_grad", "_norm"),
-    "copies": ("copy", "cat", "roll", "clone", "index", "slice", "select", "fill", "zero"),
 }
 OTHER = "other"
 

@@ -112,17 +112,13 @@ class Field:
         self.oracle = Oracle(setting)
         model = self.oracle.model()
         self.sets = [draw_inputs(model, setting.batch, setting.device, seed) for seed in range(ROTATION)]
-        images, mask = self.sets[0]
-        # Far from what a new model predicts: at L1's kink, which random images come near, rounding turns the sign of a
-        # pixel's gradient, and with it the norm of a small model's by 1e-4.
-        self.compared = 8 * images.sign(), mask
         self.entrants: dict[str, Entrant] = {}
         self.absent: dict[str, str] = {}
 
     def enter(self, contestant: str) -> None:
         """Let a contestant in that runs, agrees and is warm."""
         try:
-            self.entrants[contestant] = _prepared(contestant, self.setting, self.oracle, self.sets, self.compared)
+            self.entrants[contestant] = _prepared(contestant, self.setting, self.oracle, self.sets)
         except Disagreement:
             raise
         except Exception as error:
@@ -141,18 +137,16 @@ class Field:
                 _let_go(self.setting.device)
 
 
-def _prepared(
-    contestant: str, setting: Setting, oracle: Oracle, sets: Sequence[Any], compared: tuple[Tensor, Tensor]
-) -> Entrant:
-    """A contestant that agrees on the inputs to be compared by, and is warm."""
+def _prepared(contestant: str, setting: Setting, oracle: Oracle, sets: Sequence[Any]) -> Entrant:
+    """A contestant that agrees and is warm."""
     _let_go(setting.device)
     held, reserved = _memory(setting.device)
     one, counterpart = trainee(contestant, setting, oracle.model)
-    actual = findings(one, *compared)
+    actual = findings(one, *sets[0])
     if counterpart is None:
         check_finite(contestant, actual.scalars)
     else:
-        oracle.check(contestant, actual, counterpart, *compared)
+        oracle.check(contestant, actual, counterpart, *sets[0])
     del actual
     for inputs in itertools.islice(itertools.cycle(sets), WARM_UP):
         one.step(*inputs)

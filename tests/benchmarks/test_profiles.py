@@ -23,6 +23,7 @@ from tests.benchmarks.made_rows import row
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::_foreach_norm", "optimizer"),
         ("aten::copy_", "copies"),
+        ("aten::_foreach_copy_", "copies"),
         ("aten::mul", "other"),
     ],
 )

@@ -352,9 +352,20 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error in capsys.readouterr().err
 
 
-def test_they_are_compared_far_from_the_kink_of_l1() -> None:
-    entered = step.Field(Setting("vit_micro_96", "fp32", 2, "cpu"))
-    images, mask = entered.compared
+def test_gradients_are_compared_far_from_the_kink_of_l1() -> None:
+    model = build("swin_micro_192", backend="reference")
+    images, mask = draw_inputs(model, 2)
     with torch.no_grad():
-        predicted = entered.oracle.model().reconstruct(images, mask)
-    assert (predicted - images).abs().min() > 1
+        predicted = model.reconstruct(agreement.FAR * images.sign(), mask)
+    assert (predicted - agreement.FAR * images.sign()).abs().min() > 1
+
+
+def test_a_prediction_of_another_size_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose gradients are nearly the same."""
+
+    def with_a_larger_prediction(model: SimMIM, attend: object) -> None:
+        model.decoder.register_forward_hook(lambda module, inputs, out: out + 0.1 * out.detach())
+
+    monkeypatch.setattr(trainees, "with_attention", with_a_larger_prediction)
+    with pytest.raises(Disagreement, match="sdpa is wrong: its loss is"):
+        step.race(Setting("swin_micro_192", "fp32", 2, "cpu"), ["sdpa"], 1)

@@ -264,8 +264,8 @@ def _biased_attention_bwd_kernel(
 
     grad_q of a tile of rows stays in registers while keys go by; two images share the tiles of the bias and of its
     gradient. What does not fit beside them, the sum of the bias over images and those of k and v over tiles of rows, is
-    added up in memory that no other program touches. On 9.0 and up nothing is hoisted out of the loops: it would be
-    spilled. On 8.x q and grad_out have to leave the loop over keys, to be in shared memory before it (HOISTS).
+    added up in memory that no other program touches. On 9.0 and 10.0 nothing is hoisted out of the loops: it would be
+    spilled. On 8.x and 12.0 q and grad_out have to leave the loop over keys, to be in shared memory before it (HOISTS).
     """
     NUM_CHANNELS: tl.constexpr = NUM_HEADS * HEAD_SIZE
     channels = tl.arange(0, TILE_D)
