@@ -30,14 +30,29 @@ for _profile, _examples, _same in (("few", 25, True), ("many", 500, False)):
 settings.load_profile("few")
 
 
+# Kernels that the collected tests compile offline, whether they are run or not: of fast and of slow ones.
+COMPILATIONS = pytest.StashKey[dict[bool, int]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The interpreter needs a process of its own; test_triton_interpreter.py starts it, and first: it takes longest."""
+    config.stash[COMPILATIONS] = compilations(items)
     items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
     left_out = {item for item in items if not takes_its_dtypes(item)}
     if not TRITON_INTERPRETED:
         left_out |= {item for item in items if item.get_closest_marker("interpreted")}
     config.hook.pytest_deselected(items=[*left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def compilations(items: list[pytest.Item]) -> dict[bool, int]:
+    """By whether a test is slow, how many kernels such tests compile offline by their marks."""
+    counts = {False: 0, True: 0}
+    for item in items:
+        if mark := item.get_closest_marker("compiles"):
+            counts[item.get_closest_marker("slow") is not None] += mark.args[0]
+    return counts
 
 
 def takes_its_dtypes(item: pytest.Item) -> bool:

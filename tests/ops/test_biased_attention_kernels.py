@@ -104,7 +104,7 @@ def compiled_cases() -> Iterator[Any]:
 
 
 @pytest.mark.compiles(len(PRODUCTS))
-@pytest.mark.parametrize(("shape", "dtype", "capability"), compiled_cases())
+@pytest.mark.parametrize(("shape", "dtype", "capability"), list(compiled_cases()))
 def test_triton_kernels_compile(
     shape: tuple, dtype: torch.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

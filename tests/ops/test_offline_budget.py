@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.ops.conftest import COMPILATIONS
+
 MOST_FAST, MOST = 30, 300
 
 
-def compilations(items: list[pytest.Item], *, slow: bool) -> int:
-    marks = [item.get_closest_marker("compiles") for item in items if bool(item.get_closest_marker("slow")) == slow]
-    return sum(mark.args[0] for mark in marks if mark is not None)
-
-
 def test_few_kernels_are_compiled(request: pytest.FixtureRequest) -> None:
-    assert compilations(request.session.items, slow=False) <= MOST_FAST
-
-
-@pytest.mark.slow
-def test_few_kernels_are_compiled_by_slow_tests(request: pytest.FixtureRequest) -> None:
-    assert compilations(request.session.items, slow=True) <= MOST - MOST_FAST
+    """In all that was collected, whether it is run or not."""
+    counts = request.config.stash[COMPILATIONS]
+    assert counts[False] <= MOST_FAST
+    assert sum(counts.values()) <= MOST

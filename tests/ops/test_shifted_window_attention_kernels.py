@@ -232,7 +232,7 @@ def spilling_cases() -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.compiles(1)
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="registers are spilled")
-@pytest.mark.parametrize(("case", "name"), spilling_cases())
+@pytest.mark.parametrize(("case", "name"), list(spilling_cases()))
 def test_spilling_kernels_compile(case: Case, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = offline.compile_launch(launches_of(case, monkeypatch)[name], case[-1], tmp_path)
     spills = compiled.count("LDL") + compiled.count("STL"), compiled.stack
@@ -241,7 +241,7 @@ def test_spilling_kernels_compile(case: Case, name: str, tmp_path: Path, monkeyp
     offline.assert_frugal(compiled, case[-1])
 
 
-@pytest.mark.parametrize(("case", "name"), spilling_cases())
+@pytest.mark.parametrize(("case", "name"), list(spilling_cases()))
 def test_readme_states_the_spills(case: Case, name: str) -> None:
     side, head_size, dtype, variant, capability = case
     instructions, stack = SPILLS[case][name]
