@@ -64,12 +64,11 @@ def biased_attention(
     if queries is not None:
         queries = check_indices("queries", queries, qkv.shape[0], qkv.shape[1], "N")
     check_device("qkv", qkv, bias=bias, queries=queries)
-    head_size = qkv.shape[2] // (3 * num_heads)
-    scale = head_size**-0.5 if scale is None else float(scale)
-    sizes = {"tokens": qkv.shape[1], "channels": qkv.shape[2] // 3, "num_heads": num_heads}
+    tokens, channels = qkv.shape[1], qkv.shape[2] // 3
+    scale = (channels // num_heads) ** -0.5 if scale is None else float(scale)
+    sizes = {"tokens": tokens, "channels": channels, "num_heads": num_heads}
     backend = choose(OP, backend, qkv.device, qkv.dtype, partial(size_refusal, **sizes))
-    out, _ = OP.implementations[backend](qkv, bias, queries, num_heads, scale)
-    return out
+    return OP.implementations[backend](qkv, bias, queries, num_heads, scale)[0]
 
 
 def _check_attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> None:

@@ -285,10 +285,8 @@ def backward(
     """The operator's backward: six gradients, and the norm where bias is given; what is not wanted is empty."""
     dtypes = (x_dtype, delta_dtype, None if bias is None else grad_normed.dtype)
     activations = [None if dtype is None else source.new_empty(source.shape, dtype=dtype) for dtype in dtypes]
-    partials = [
-        None if dtype is None else source.new_empty(partial_shape(source), dtype=mean.dtype)
-        for dtype in parameter_dtypes
-    ]
+    sums_shape = partial_shape(source)
+    partials = [None if dtype is None else mean.new_empty(sums_shape) for dtype in parameter_dtypes]
     if source.numel() > 0:
         rows, rows_per_sample = _rows(source)
         size = tile(source.shape[-1], min(source.itemsize, grad_normed.itemsize))
@@ -314,6 +312,5 @@ def backward(
         None if partial is None else partial.sum(0).to(dtype)
         for partial, dtype in zip(partials, parameter_dtypes, strict=True)
     )
-    return tuple(
-        source.new_empty(0) if result is None else result for result in (*activations[:2], *sums, activations[2])
-    )
+    results = (*activations[:2], *sums, activations[2])
+    return tuple(source.new_empty(0) if result is None else result for result in results)
