@@ -1,8 +1,8 @@
 """`make test-triton`: the kernels under other versions of triton than the one at hand, interpreted and compiled.
 
-Installs each version into a temporary folder, which goes before the environment's own, and runs what `make test` runs
-of kernels: the interpreter, and the fast offline compilations. Takes minutes a version.
-Other versions: `python -m tests.triton_versions 3.7.1`.
+Installs each version, and what it needs of other packages, into a temporary folder, which goes before the environment's
+own, and runs what `make test` runs of kernels: the interpreter, and the fast offline compilations. A version takes
+minutes. Other versions: `python -m tests.triton_versions 3.7.1`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = ("3.6.0", "3.9.0")
+BESIDE = {"3.6.0": ("numpy<2.4",)}  # whose interpreter takes no newer one
 RUNS = (["tests/ops/test_triton_interpreter.py", "-m", "not slow"], ["tests/ops", "-m", "compiles and not slow"])
 PYTEST = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def install(version: str, folder: Path) -> None:
     options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(folder))
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, f"triton=={version}"], check=True)
+    packages = (f"triton=={version}", *BESIDE.get(version, ()))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *packages], check=True)
 
 
 def passes(options: list[str], triton: Path) -> bool:
