@@ -57,7 +57,9 @@ def absent(rows: Iterable[Row], benchmark: str, device: str | None = None) -> It
     reasons = {_key(row): row for row in rows if "absent" in row}
     for key, row in reasons.items():
         if key not in reached:
-            named = (row["arguments"].get("model"), row.get("op"), row.get("case"), row["arguments"].get("dtype"))
+            given = row["arguments"]
+            batch = f"batch {given['batch']}" if "batch" in given else None
+            named = (given.get("model"), row.get("op"), row.get("case"), given.get("dtype"), batch)
             what = ", ".join(str(part) for part in named if part is not None)
             yield f"* `{row.get('contestant')}`, {what}, on {machine(row)}: {row['absent']}"
 
