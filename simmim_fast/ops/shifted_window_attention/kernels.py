@@ -97,7 +97,7 @@ CONFIGURATIONS = {
     | {
         (2, 16): HALF,
         (2, 32): HALF,
-        (4, 16): SINGLE_NARROW._replace(backward=Options(8, 1)),
+        (4, 16): SINGLE_NARROW._replace(plain_backward=Options(8, 1)),
         (4, 32): SINGLE_DEEP,
     },
     90: _WIDE

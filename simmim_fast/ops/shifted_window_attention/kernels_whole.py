@@ -143,7 +143,8 @@ def _window_attention_bwd_kernel(
     """One head of a chunk of windows, one after the other. Grid: (chunks x h).
 
     Reads grad_out, q, k and v, writes grad_qkv, each once, and the chunk's sums; computes the weights again. The bias
-    comes from the cache for every window: in registers it would leave no room for the sum of its gradient.
+    comes from the cache for every window: in registers it would leave no room for the sum of its gradient. In the
+    cosine form nothing is hoisted out of the loop: it would be spilled.
     """
     COSINE: tl.constexpr = logit_scale_ptr is not None
     OPERAND: tl.constexpr = qkv_ptr.dtype.element_ty
@@ -158,7 +159,7 @@ def _window_attention_bwd_kernel(
     pairs = slots[:, None] * TILE_N + slots[None, :]  # (N, N)
     table_sum = tl.zeros((TILE_N, TILE_N), COMPUTE)
 
-    for step in range(tl.minimum(WINDOWS, num_windows - chunk * WINDOWS)):
+    for step in tl.range(0, tl.minimum(WINDOWS, num_windows - chunk * WINDOWS), disable_licm=COSINE):
         window = chunk * WINDOWS + step
         first = first_token(window, height, width, windows_h, windows_w)
         image_ptr = qkv_ptr + first * 3 * channels
@@ -182,6 +183,7 @@ def _window_attention_bwd_kernel(
         cuts = window_cuts(window, windows_h, windows_w) if SHIFTED else 0
         bias = tl.load(bias_ptr + (cuts * num_heads + head) * TILE_N * TILE_N + pairs)
         s = logits(q, k, bias, factor, OPERAND)
+        grad_p = dot(grad, tl.trans(v), OPERAND)  # behind grad_v v would wait at a barrier for shared memory
         p = tl.exp2(s - tl.max(s, axis=1)[:, None])
         p /= tl.sum(p, axis=1)[:, None]  # (N, N)
         grad_v = dot(tl.trans(as_operand(p, OPERAND)), grad, OPERAND)
@@ -192,7 +194,6 @@ def _window_attention_bwd_kernel(
             padding = in_window & (inside == 0)
             partial = pad_value_partial_ptr + window.to(tl.int64) * 2 * channels + first_channel
             store_sum(partial + channels, grad_v, padding, HEAD_SIZE, TILE_D)
-        grad_p = dot(grad, tl.trans(v), OPERAND)
         grad_s = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None])
         if table_partial_ptr is not None:
             table_sum += grad_s
