@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simmim_fast import ops
+from simmim_fast._backends import BackendError
 from simmim_fast.ops import OPS
 from simmim_fast.testing import (
     biased_attention_inputs,
@@ -35,6 +36,14 @@ def on(op: str, target: Target) -> Callable[..., Tensor]:
     if target.backend == "native" and device not in OPS[op].native_devices:
         pytest.skip(f"there is no CUDA C++ for {op}")
     return partial(getattr(ops, op), backend=target.backend)
+
+
+def skip_refused(function: Callable[..., Tensor], inputs: dict[str, Any]) -> None:
+    """Skips a case of sizes that the backend does not take."""
+    try:
+        function(**inputs)
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 def forward_and_backward(function: Callable[..., Tensor], op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -78,4 +87,12 @@ CASES: dict[str, Case] = {
     "head of a list": small("linear_masked_loss", tokens=True),
     "norm of the branch": small("residual_layer_norm", norm="delta", delta_bias=True),
 }
+
+# Paths of more than one tile, too large for the interpreter in every test.
+TILED: dict[str, Case] = {
+    "windows in blocks, cosine, padded": windows((20, 23), (12, 12), (6, 6), cosine=True),
+    "attention in blocks": attention(70, 32, queries=70),
+    "attention of two images at a time": attention(197, 64, queries=197),
+}
 every_case = pytest.mark.parametrize("case", CASES)
+every_case_and_tiled = pytest.mark.parametrize("case", CASES | TILED)

@@ -29,6 +29,7 @@ from simmim_fast.testing import (
 )
 from tests.ops.every_op import (
     CASES,
+    TILED,
     every_case,
     every_op,
     forward_and_backward,
@@ -193,11 +194,12 @@ def test_refuses_a_second_derivative(target: Target, case: str) -> None:
         sum(gradient.sum() for gradient in gradients).backward()
 
 
-@every_case
+@every_case_and_tiled
 @on_gpu
 def test_a_cuda_graph_replays_both_directions(target: Target, case: str) -> None:
-    op, draw = CASES[case]
+    op, draw = (CASES | TILED)[case]
     inputs, others = (draw(2, device=target.device, seed=seed) for seed in (0, 1))
+    skip_refused(on(op, target), inputs)
     grad_out = random_gradient(partial(getattr(ops, op), backend="reference"), inputs)
     replayed = partial(run, on(op, target), inputs, grad_out, differentiable(inputs))
     replayed()

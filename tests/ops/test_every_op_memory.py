@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from simmim_fast import ops
-from simmim_fast._backends import BackendError
 from simmim_fast.ops import OPS, bytes_moved
 from simmim_fast.testing import (
     assert_equal,
@@ -23,14 +22,16 @@ from simmim_fast.testing import (
 )
 from tests.ops.every_op import (
     CASES,
+    TILED,
     Case,
-    attention,
     every_case,
+    every_case_and_tiled,
     every_op,
     forward_and_backward,
     on,
     on_gpu,
     on_operators,
+    skip_refused,
     small,
     windows,
 )
@@ -105,15 +106,18 @@ def test_registers_the_bytes_that_it_moves(target: Target, op: str, dtype: torch
 
 # Every kernel and every path through it: windows of two, three and four warps, and of several tiles; lists; bytes.
 SANITIZED: dict[str, Case] = {
-    **{op: small(op) for op in OPS},
+    **CASES,
+    **TILED,
     "window of 32": windows((5, 9), (4, 8), (2, 4)),
     "window of 36, cosine, padded": windows((13, 11), (6, 6), (3, 3), cosine=True),
     "window of 49, padded": windows((13, 11), (7, 7), (3, 3)),
-    "window of 144, cosine, padded": windows((20, 23), (12, 12), (6, 6), cosine=True),
-    "window with queries": windows((6, 6), (6, 6), queries=22),
-    "attention with queries": attention(70, 32, queries=9),
-    "embedding of a list": small("masked_patch_embed", visible=True),
-    "head of a list": small("linear_masked_loss", tokens=True),
+    "window of 36 with queries": windows((6, 6), (6, 6), queries=22),
+    "embedding of bytes": small("masked_patch_embed", image_dtype=torch.uint8),
+    "embedding without a norm": small("masked_patch_embed", norm=False),
+    "loss of bytes": small("masked_l1_loss", target_dtype=torch.uint8),
+    "head of bytes": small("linear_masked_loss", target_dtype=torch.uint8),
+    "l2": small("linear_masked_loss", loss="l2"),
+    "smooth_l1": small("linear_masked_loss", loss="smooth_l1"),
 }
 
 
@@ -127,16 +131,15 @@ def test_small_case(target: Target, case: str, dtype: torch.dtype) -> None:
     function, inputs = on(op, target), draw(2, dtype=dtype, device=target.device)
     reference = partial(getattr(ops, op), backend="reference")
     grad_out = random_gradient(reference, inputs)
-    try:
-        actual = run(function, inputs, grad_out, differentiable(inputs))
-    except BackendError as error:
-        pytest.skip(str(error))
+    skip_refused(function, inputs)
+    actual = run(function, inputs, grad_out, differentiable(inputs))
     assert_right(actual, reference, inputs, grad_out, wanted=differentiable(inputs))
 
 
-@every_case
+@every_case_and_tiled
 @on_gpu
 def test_repeats_250_times(target: Target, case: str) -> None:
-    op, draw = CASES[case]
+    op, draw = (CASES | TILED)[case]
     inputs = draw(3, dtype=BF16, device=target.device)
+    skip_refused(on(op, target), inputs)
     assert_repeats(partial(forward_and_backward, on(op, target), op, inputs), times=250)

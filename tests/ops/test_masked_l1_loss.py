@@ -296,8 +296,8 @@ def test_readme_states_the_bytes(model: str, shape: tuple, patch: int, hidden: f
 
 COMPILED = [
     pytest.param((BF16, UINT8), 90),
-    *(pytest.param(dtypes, 90, marks=pytest.mark.slow) for dtypes in ((BF16, FP32), (FP32, FP32))),
     *(pytest.param((BF16, UINT8), capability, marks=pytest.mark.slow) for capability in (80, 100)),
+    *(pytest.param((FP32, FP32), capability, marks=pytest.mark.slow) for capability in offline.CAPABILITIES),
 ]
 
 

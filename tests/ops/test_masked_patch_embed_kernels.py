@@ -96,7 +96,7 @@ SHAPES = {"swin-b": (8, 48, 48, 3, 4, 128), "vit-b": (8, 14, 14, 3, 16, 768), "s
 COMPILED = [
     pytest.param("swin-b", BF16, 90),
     *(pytest.param("swin-b", BF16, capability, marks=pytest.mark.slow) for capability in (80, 100)),
-    *(pytest.param("swin-b", FP32, capability, marks=pytest.mark.slow) for capability in (80, 100)),
+    *(pytest.param("swin-b", FP32, capability, marks=pytest.mark.slow) for capability in offline.CAPABILITIES),
     pytest.param("vit-b", BF16, 90, marks=pytest.mark.slow),
     pytest.param("swin-l", BF16, 80, marks=pytest.mark.slow),
 ]

@@ -125,6 +125,12 @@ def test_matches_float64_at_large_sizes(target: Target, case: dict, dtype: torch
     assert_matches(on(target), reference, inputs)
 
 
+@on_every_backend
+def test_matches_float64_in_the_largest_window(target: Target) -> None:
+    inputs = make_inputs((1, 16, 15, 1, 8), (16, 16), (8, 8), BF16, FP32, device=target.device)  # padded
+    assert_matches(on(target), reference, inputs)
+
+
 @fuzzed(
     images=st.integers(0, 2),
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),

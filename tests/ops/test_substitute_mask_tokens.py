@@ -252,8 +252,8 @@ def test_readme_states_the_bytes(model: str, shape: tuple, visible: float, dtype
 
 COMPILED = [
     pytest.param(BF16, FP32, 90),
-    *(pytest.param(dtype, dtype, 90, marks=pytest.mark.slow) for dtype in (BF16, FP32)),
     *(pytest.param(BF16, FP32, capability, marks=pytest.mark.slow) for capability in (80, 100)),
+    *(pytest.param(FP32, FP32, capability, marks=pytest.mark.slow) for capability in offline.CAPABILITIES),
 ]
 
 

@@ -54,7 +54,6 @@ class Configuration(NamedTuple):
 
     Attributes:
         plain_forward: Those of the forward where there is neither padding nor the cosine form, if they are others.
-        plain_backward: Likewise.
     """
 
     forward: Options
@@ -64,7 +63,6 @@ class Configuration(NamedTuple):
     blocked_backward_keys: Options
     blocked_backward_pairs: Options
     plain_forward: Options | None = None
-    plain_backward: Options | None = None
 
 
 HALF = Configuration(
@@ -97,14 +95,14 @@ CONFIGURATIONS = {
     | {
         (2, 16): HALF,
         (2, 32): HALF,
-        (4, 16): SINGLE_NARROW._replace(plain_backward=Options(8, 1)),
+        (4, 16): SINGLE_NARROW,
         (4, 32): SINGLE_DEEP,
     },
     90: _WIDE
     | {
         (2, 16): HALF_DEEP,
         (2, 32): HALF_DEEP,
-        (4, 16): SINGLE_NARROW._replace(plain_backward=Options(8, 1)),
+        (4, 16): SINGLE_NARROW,
         (4, 32): SINGLE,
     },
     100: _WIDE
@@ -123,7 +121,7 @@ def configuration_of(qkv: Tensor, work: Sizes, logit_scale: Tensor | None) -> Co
     found = table[min(qkv.element_size(), 4), tile(work.head_size)]
     if work.padded or logit_scale is not None:
         return found
-    return found._replace(forward=found.plain_forward or found.forward, backward=found.plain_backward or found.backward)
+    return found._replace(forward=found.plain_forward or found.forward)
 
 
 @triton.jit

@@ -183,7 +183,7 @@ def _window_attention_bwd_kernel(
         cuts = window_cuts(window, windows_h, windows_w) if SHIFTED else 0
         bias = tl.load(bias_ptr + (cuts * num_heads + head) * TILE_N * TILE_N + pairs)
         s = logits(q, k, bias, factor, OPERAND)
-        grad_p = dot(grad, tl.trans(v), OPERAND)  # behind grad_v v would wait at a barrier for shared memory
+        grad_p = dot(grad, tl.trans(v), OPERAND)  # after grad_v, v would wait at a barrier for shared memory
         p = tl.exp2(s - tl.max(s, axis=1)[:, None])
         p /= tl.sum(p, axis=1)[:, None]  # (N, N)
         grad_v = dot(tl.trans(as_operand(p, OPERAND)), grad, OPERAND)
