@@ -105,7 +105,11 @@ def test_matches_float64_at_many_tokens(target: Target, dtype: torch.dtype, toke
 
 
 @pytest.mark.parametrize("queries", [None, 40], ids=["all-rows", "queries"])
-@pytest.mark.parametrize("shape", [(3, 197, 1, 16), (3, 260, 1, 8), (2, 130, 1, 96)], ids=["one-tile", "tiles", "wide"])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 197, 1, 16), (3, 260, 1, 8), (2, 130, 1, 96), (1, 577, 1, 16)],
+    ids=["one-tile", "tiles", "wide", "vit-384"],
+)
 @pytest.mark.parametrize("target", TRITON, indirect=True)
 def test_matches_float64_by_large_tiles(target: Target, shape: tuple, queries: int | None) -> None:
     """Those of half types: all keys in one tile, or a sum of q's gradient over several."""

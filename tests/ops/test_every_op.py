@@ -31,12 +31,14 @@ from tests.ops.every_op import (
     CASES,
     TILED,
     every_case,
+    every_case_and_tiled,
     every_op,
     forward_and_backward,
     mixed_precision,
     on,
     on_gpu,
     on_operators,
+    skip_refused,
 )
 from tests.ops.operator_calls import OperatorCalls
 from tests.ops.targets import TARGETS, Target

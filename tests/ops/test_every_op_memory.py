@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from simmim_fast import ops
-from simmim_fast.ops import OPS, bytes_moved
+from simmim_fast.ops import bytes_moved
 from simmim_fast.testing import (
     assert_equal,
     assert_repeats,
