@@ -201,7 +201,7 @@ def test_refuses_a_second_derivative(target: Target, case: str) -> None:
 def test_a_cuda_graph_replays_both_directions(target: Target, case: str) -> None:
     op, draw = (CASES | TILED)[case]
     inputs, others = (draw(2, device=target.device, seed=seed) for seed in (0, 1))
-    skip_refused(on(op, target), inputs)
+    skip_refused(target, op, inputs)
     grad_out = random_gradient(partial(getattr(ops, op), backend="reference"), inputs)
     replayed = partial(run, on(op, target), inputs, grad_out, differentiable(inputs))
     replayed()

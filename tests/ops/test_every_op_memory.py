@@ -131,7 +131,7 @@ def test_small_case(target: Target, case: str, dtype: torch.dtype) -> None:
     function, inputs = on(op, target), draw(2, dtype=dtype, device=target.device)
     reference = partial(getattr(ops, op), backend="reference")
     grad_out = random_gradient(reference, inputs)
-    skip_refused(function, inputs)
+    skip_refused(target, op, inputs)
     actual = run(function, inputs, grad_out, differentiable(inputs))
     assert_right(actual, reference, inputs, grad_out, wanted=differentiable(inputs))
 
@@ -141,5 +141,5 @@ def test_small_case(target: Target, case: str, dtype: torch.dtype) -> None:
 def test_repeats_250_times(target: Target, case: str) -> None:
     op, draw = (CASES | TILED)[case]
     inputs = draw(3, dtype=BF16, device=target.device)
-    skip_refused(on(op, target), inputs)
+    skip_refused(target, op, inputs)
     assert_repeats(partial(forward_and_backward, on(op, target), op, inputs), times=250)
